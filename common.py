@@ -1,0 +1,922 @@
+"""
+What defines a number, once: tasks and splits, encoders, heads, the one evaluator, weight arithmetic, the file format.
+
+    from common import load_task, load_encoder, Evaluator
+
+Every stage imports this file; nothing here trains. The parts, in order: refusals and flags, files, tasks, encoders, heads,
+evaluator, pictures. Shapes: N images, B a batch, C classes, D feature width, K weight settings, S image side in pixels.
+Source  arXiv:2511.14569; the choices it leaves open are listed in the README
+"""
+import argparse
+import contextlib
+import copy
+import datetime
+import difflib
+import hashlib
+import io
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+import tiny
+
+# ---------------------------------------------------------------------------------------------- refusals and flags
+
+
+class Refused(Exception):
+    """A user's mistake, or a file that cannot be trusted. Ends the stage in one line and exit code 2."""
+
+
+def run(main, parse_args):
+    """Run a stage from the command line: a refusal is one line on stderr and exit code 2, a bug keeps its traceback."""
+    try:
+        main(parse_args())
+    except Refused as refusal:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(refusal).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def stage_parser(docstring):
+    """The flags every stage shares, spelt alike; `--help` shows the stage's docstring with its pasteable commands."""
+    parser = argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("encoder", help=f"{', '.join(ENCODERS)}, timm:NAME or open_clip:ARCH/TAG")
+    add("--tasks", help="comma-separated; NAME of a known task or of a folder in --data, or NAME=HUB_ID_OR_FOLDER "
+                        "(default: the eight generated tasks for tiny, else the paper's eight)")
+    add("--data", type=Path, help="folder of data sets; DIR/NAME is looked for before the hub")
+    add("--weights", type=Path, help="checkpoint file of the encoder, for machines without a hub")
+    add("--image-size", type=int, help="pixels; position embeddings are resampled (default: the checkpoint's own)")
+    add("--runs", type=Path, default=Path("runs"), help="where results go (default: runs)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
+    add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="of the evaluator's forward pass")
+    add("--compile", choices=["auto", "on", "off"], default="auto", help="auto: when the work ahead repays compiling")
+    add("--seed", type=int, default=0, help="reaches everything random except the pinned validation split")
+    add("--overwrite", action="store_true", help="redo this stage even where its result exists")
+    return parser
+
+
+def add_recipe(parser):
+    parser.add_argument("--recipe", choices=RECIPES, default="aligned", help="how theta_t comes about (default aligned)")
+
+
+RECIPES = ["aligned"]
+
+
+def positive(text):
+    """argparse type: a whole number of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return int(text)
+
+
+def pick_device(name):
+    """torch.device for --device; Refused if it is unknown or not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise Refused(f"--device {name} is not usable here ({str(error).splitlines()[0]}); try --device cpu") from error
+    return device
+
+
+def pick_dtype(name, device):
+    """(dtype, reason) of the forward pass: bf16 where the hardware multiplies matrices in it, fp32 elsewhere."""
+    if name != "auto":
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[name], f"--dtype {name}"
+    if device.type == "cuda":
+        has_bf16, unit = torch.cuda.is_bf16_supported(including_emulation=False), "bf16 tensor cores"
+    elif device.type == "cpu":
+        has_bf16, unit = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(), "AMX or AVX512-bf16"
+    else:
+        has_bf16, unit = False, "measured bf16 units"
+    return (torch.bfloat16, f"{device.type} with {unit}") if has_bf16 else (torch.float32, f"{device.type} without {unit}")
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a temporary name beside `path` for a file or folder; rename it to `path` when whole, remove it on failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        for file in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)
+
+
+def fingerprint(tensors):
+    """SHA-256 (hex) over names, dtypes, shapes and bytes of a dict of tensors, in name order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def save_tensors(path, tensors, **metadata):
+    """Write a dict of tensors as safetensors, whole or not at all; metadata is JSON, with the contents' SHA-256 added."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {key: json.dumps(value) for key, value in (metadata | {"sha256": fingerprint(tensors)}).items()}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def load_tensors(path, made_by, **expected):
+    """Read back what save_tensors wrote.
+
+    made_by   the command that writes the file, named when it is missing
+    expected  metadata that has to match, e.g. theta_pre=FINGERPRINT
+    Returns   (dict of CPU tensors, dict of metadata)
+    Errors    Refused: missing, cut, altered (SHA-256), or with other metadata
+    """
+    if not path.exists():
+        raise Refused(f'{path} is missing: run "{made_by}" first')
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise Refused(f'{path} cannot be read ({error}): delete it and run "{made_by}" again') from error
+    if metadata.get("sha256") != fingerprint(tensors):
+        raise Refused(f'{path} does not match its own checksum: delete it and run "{made_by}" again')
+    for key, value in expected.items():
+        if metadata.get(key) != value:
+            raise Refused(f'{path} was made with {key} {short(metadata.get(key))}, but {short(value)} is in use: '
+                          f'delete it and run "{made_by}" again, or use another --runs')
+    return tensors, metadata
+
+
+def short(value):
+    """A value for an error message; fingerprints cut to twelve digits."""
+    return value[:12] if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) else repr(value)
+
+
+def write_json(path, result):
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path, made_by):
+    """A result of an earlier stage. Refused if it is missing or not JSON."""
+    if not path.exists():
+        raise Refused(f'{path} is missing: run "{made_by}" first')
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise Refused(f'{path} is not valid JSON ({error}): delete it and run "{made_by}" again') from error
+
+
+def open_result(path, config, args):
+    """The result of an earlier run with the same settings, to be continued, or a new one.
+
+    config   dict of every setting that changes the numbers (JSON values)
+    Returns  dict with "config" and "machine", ready for the stage's own keys
+    Errors   Refused if `path` holds a result of other settings; they are named
+    """
+    config = json.loads(json.dumps(config))
+    result = {} if args.overwrite or not path.exists() else read_json(path, "the same command")
+    differ = [f"{key} {short(result['config'].get(key))} there, {short(value)} asked"
+              for key, value in config.items() if result and result["config"].get(key) != value]
+    if differ:
+        raise Refused(f"{path} holds a result of other settings ({'; '.join(differ)}): "
+                      f"give --overwrite to replace it or another --runs to keep both")
+    return result | {"config": config, "machine": machine(pick_device(args.device))}
+
+
+def machine(device):
+    """Where a number was made: device, threads, library versions, date (UTC)."""
+    import timm
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {cpu_name()}"
+    return {"device": name, "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
+            "timm": timm.__version__, "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat()}
+
+
+def cpu_name():
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return names[0].strip() if names else platform.processor()
+
+
+# ---------------------------------------------------------------------------------------------- tasks
+
+
+class Registered(NamedTuple):
+    hub_id: str
+    config: str | None
+    n_train: int
+    n_test: int
+    n_classes: int
+
+
+TASKS = {
+    "cars": Registered("tanganke/stanford_cars", None, 8144, 8041, 196),
+    "dtd": Registered("tanganke/dtd", None, 3760, 1880, 47),
+    "eurosat": Registered("tanganke/eurosat", None, 21600, 2700, 10),
+    "gtsrb": Registered("tanganke/gtsrb", None, 26640, 12630, 43),
+    "mnist": Registered("ylecun/mnist", None, 60000, 10000, 10),
+    "resisc45": Registered("tanganke/resisc45", None, 18900, 6300, 45),
+    "sun397": Registered("tanganke/sun397", None, 19850, 19850, 397),
+    "svhn": Registered("ufldl-stanford/svhn", "cropped_digits", 73257, 26032, 10),
+}
+
+
+class Split(NamedTuple):
+    images: np.ndarray  # (N_all, 3, side, side) uint8, memory-mapped
+    rows: np.ndarray    # (N,) int64, which of them belong to this split
+    labels: np.ndarray  # (N,) int64
+
+
+class Task(NamedTuple):
+    name: str
+    splits: dict        # {"train", "val", "test"} -> Split
+    classes: list       # C class names
+    fingerprint: str    # SHA-256 of all pixels and labels
+
+
+def task_names(args):
+    """[(name, source)] for --tasks; source is a folder (Path), a Registered row, a hub id (str) or "generated"."""
+    default = list(tiny.TASKS) if args.encoder == "tiny" else list(TASKS)
+    chosen = []
+    for word in args.tasks.split(",") if args.tasks else default:
+        name, _, given = word.strip().partition("=")
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+            raise Refused(f"--tasks: {name!r} is no task name (letters, digits, _ . - only)")
+        folder = args.data / name if args.data else None
+        if given:
+            source = Path(given) if Path(given).exists() or given.startswith((".", "/", "~")) else given
+        elif folder and folder.is_dir():
+            source = folder
+        elif name in TASKS:
+            source = TASKS[name]
+        elif name in tiny.TASKS:
+            source = "generated"
+        else:
+            known = [*TASKS, *tiny.TASKS, *([path.name for path in args.data.iterdir()] if folder and args.data.is_dir() else [])]
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            raise Refused(f"unknown task {name!r}{'; did you mean ' + ' or '.join(near) + '?' if near else ''} "
+                          f"(known: {', '.join(known)}; any other as NAME=HUB_ID_OR_FOLDER)")
+        if isinstance(source, Path) and not source.expanduser().is_dir():
+            raise Refused(f"task {name}: {source} is not a folder")
+        chosen.append((name, source))
+    names = [name for name, _ in chosen]
+    if len(set(names)) < len(names):
+        raise Refused(f"--tasks names a task twice: {', '.join(names)}")
+    return chosen
+
+
+def search_task(names):
+    """The task whose validation split picks a learning rate: cars, or else the first."""
+    return "cars" if "cars" in names else names[0]
+
+
+def load_task(name, source, encoder, args):
+    """One task's splits as uint8 pixels, decoded once into runs/images/.
+
+    name, source   a pair from task_names
+    encoder        Encoder; sets the side to which larger or unequal images are resized (a data set of one small square
+                   size keeps it and is resized on the device)
+    Returns        Task; validation is the pinned min(10 %, 5000) of train, whatever the seed
+    Errors         Refused: unreachable hub, no data set in the folder, other row or class counts than registered, an image
+                   that cannot be decoded (named with its index), labels that are not 0..C-1, a full disk, a cut cache
+    """
+    side = resized_side(encoder)
+    identity = json.dumps([name, describe_source(source, args.seed), side])
+    folder = args.runs / "images" / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
+    if not folder.exists():
+        build_image_cache(folder, name, source, side, args.seed)
+    redo = f"delete {folder} and run the same command again"
+    try:
+        about = json.loads((folder / "about.json").read_text())
+        arrays = {key: np.load(folder / f"{key}.npy", mmap_mode="r" if "images" in key else None)
+                  for key in ("train_images", "train_labels", "test_images", "test_labels")}
+    except (OSError, ValueError, EOFError) as error:
+        raise Refused(f"image cache {folder} cannot be read ({error}): {redo}") from error
+    for key, array in arrays.items():
+        if list(array.shape) != about["shapes"][key]:
+            raise Refused(f"image cache {folder}/{key}.npy has shape {array.shape}, not {about['shapes'][key]}: {redo}")
+    train_rows, val_rows = validation_split(len(arrays["train_labels"]))
+    rows = {"train": train_rows, "val": val_rows, "test": np.arange(len(arrays["test_labels"]))}
+    splits = {}
+    for split, index in rows.items():
+        stem = "test" if split == "test" else "train"
+        splits[split] = Split(arrays[f"{stem}_images"], index, arrays[f"{stem}_labels"][index])
+    return Task(name, splits, about["classes"], about["sha256"])
+
+
+def validation_split(n):
+    """(train rows, validation rows) of n training images: torch's random_split with seed 0, validation min(10 %, 5000)."""
+    n_val = min(n // 10, 5000)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).numpy()
+    return order[: n - n_val], order[n - n_val:]
+
+
+def describe_source(source, seed):
+    """What identifies a source for the cache: the hub id, the local files with sizes and times, or the generator and its seed."""
+    if source == "generated":
+        return ["generated", hashlib.sha256(Path(tiny.__file__).read_bytes()).hexdigest(), seed]
+    if isinstance(source, Path):
+        files = sorted(path for path in source.expanduser().rglob("*") if path.is_file())
+        return [str(source.expanduser().resolve()), [[str(f.relative_to(source.expanduser())), f.stat().st_size, f.stat().st_mtime_ns] for f in files]]
+    return list(source) if isinstance(source, Registered) else source
+
+
+def build_image_cache(folder, name, source, side, seed):
+    """Decode a task into folder/{train,test}_{images,labels}.npy and about.json; the folder appears when it is whole."""
+    if source == "generated":
+        drawn = {split: tiny.draw_task(name, split, seed) for split in ("train", "test")}
+        classes = list(tiny.TASKS[name])
+        native, encoded = True, None
+    else:
+        encoded, labels, classes = read_dataset(name, source)
+        native = one_small_square_size(encoded, side)
+        n_images = sum(map(len, encoded.values()))
+        need, free = n_images * 3 * (native or side) ** 2, shutil.disk_usage(existing_parent(folder)).free
+        if need > free:
+            raise Refused(f"task {name}: its image cache needs {need / 1e9:.1f} GB, {folder.parent} has {free / 1e9:.1f} GB free")
+    digest, shapes = hashlib.sha256(), {}
+    with replacing(folder) as temporary:
+        temporary.mkdir()
+        for split in ("train", "test"):
+            if encoded:
+                np.save(temporary / f"{split}_labels.npy", labels[split])
+                pixels = decode_split(name, split, encoded[split], native, side, temporary / f"{split}_images.npy")
+            else:
+                pixels, targets = drawn[split]
+                np.save(temporary / f"{split}_labels.npy", targets)
+                np.save(temporary / f"{split}_images.npy", pixels)
+            for block in range(0, len(pixels), 4096):
+                digest.update(np.ascontiguousarray(pixels[block:block + 4096]).data)
+            targets = labels[split] if encoded else targets
+            digest.update(np.ascontiguousarray(targets).data)
+            shapes |= {f"{split}_images": list(pixels.shape), f"{split}_labels": list(targets.shape)}
+        about = {"task": name, "source": describe_source(source, seed), "side": shapes["train_images"][-1], "classes": classes,
+                 "shapes": shapes, "sha256": digest.hexdigest()}
+        (temporary / "about.json").write_text(json.dumps(about, indent=1) + "\n")
+        if folder.exists():  # another process was faster; its cache is as good as ours
+            return
+
+
+def existing_parent(path):
+    while not path.exists():
+        path = path.absolute().parent
+    return path
+
+
+def read_dataset(name, source):
+    """({split: rows of undecoded images}, {split: (N,) int64 labels}, class names) of a hub data set or a local folder."""
+    import datasets
+    datasets.disable_progress_bars()
+    registered = TASKS.get(name) if not isinstance(source, str) else None
+    is_local = isinstance(source, Path)
+    path, config = (str(source.expanduser()), None) if is_local else (source, None) if isinstance(source, str) else source[:2]
+    print(f"task {name}: reading {path}", flush=True)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            found = datasets.load_dataset(path, config)
+    except Exception as error:  # datasets and its backends raise a dozen types for a bad folder or an unreachable hub
+        reason = f"{type(error).__name__}: {error}"[:300]
+        raise Refused(f"task {name}: {path} does not load as a data set of parquet files or image folders ({reason})" if is_local else
+                      f"task {name} wants data set {path} from the hub and could not get it ({reason}): "
+                      f"put its parquet files or an image folder in DIR/{name} and give --data DIR, or {name}=FOLDER in --tasks") from error
+    if not {"train", "test"} <= set(found):
+        raise Refused(f"task {name}: {path} has splits {', '.join(found)}; train and test are needed")
+    features = found["train"].features
+    image_columns = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
+    label_columns = [column for column in features if column in ("label", "labels")]
+    if len(image_columns) != 1 or len(label_columns) != 1:
+        raise Refused(f"task {name}: {path} needs one image column and one column `label`, found {', '.join(features)}")
+    image, label = image_columns[0], label_columns[0]
+    labels = {}
+    for split in ("train", "test"):
+        column = found[split].with_format("numpy")[label][:] if len(found[split]) else np.zeros(0, int)
+        if column.dtype.kind not in "iu":
+            raise Refused(f"task {name}: the labels of split {split} are not all whole numbers")
+        labels[split] = column.astype(np.int64)
+        if len(column) < 10:
+            raise Refused(f"task {name}: split {split} of {path} has {len(column)} images; at least 10 are needed")
+    if isinstance(features[label], datasets.ClassLabel):
+        classes = list(features[label].names)
+    else:
+        classes = [str(number) for number in range(int(labels["train"].max()) + 1)]
+    for split, column in labels.items():
+        if column.min() < 0 or column.max() >= len(classes):
+            raise Refused(f"task {name}: split {split} has labels {column.min()} to {column.max()}, but there are {len(classes)} classes (0 to {len(classes) - 1})")
+    counts = (len(labels["train"]), len(labels["test"]), len(classes))
+    if registered and counts != registered[2:]:
+        raise Refused(f"task {name}: {path} has {counts[0]} train and {counts[1]} test images in {counts[2]} classes; {name} is "
+                      f"{registered[2]} and {registered[3]} in {registered[4]}: this is another data set, give it another name (OTHER={path})")
+    encoded = {split: found[split].select_columns([image]).cast_column(image, datasets.Image(decode=False)).rename_column(image, "image")
+               for split in ("train", "test")}
+    return encoded, labels, classes
+
+
+def open_image(cell):
+    """PIL image of an undecoded cell {"bytes", "path"}."""
+    from PIL import Image
+    return Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
+
+
+def one_small_square_size(encoded, side):
+    """The common side of all images if they are square, alike and at most `side` pixels; else 0. Reads headers only."""
+    first = None
+    for rows in encoded.values():
+        for row in rows:
+            try:
+                size = open_image(row["image"]).size
+            except Exception:  # decode_split names the broken image; a set with one is resized like any other until then
+                return 0
+            first = first or size
+            if size != first or size[0] != size[1] or size[0] > side:
+                return 0
+    return first[0]
+
+
+def decode_split(name, split, rows, native, side, path):
+    """Decode `rows` in threads into an .npy file of (N, 3, s, s) uint8: the centre square, bicubic to `side` unless native."""
+    from PIL import Image
+    target = native or side
+
+    def decode(index, cell):
+        try:
+            image = open_image(cell).convert("RGB")
+        except Exception as error:  # pillow and its codecs raise many types on a broken file
+            raise Refused(f"task {name}: image {index} of split {split} cannot be decoded ({type(error).__name__}: {error})"[:300]) from error
+        width, height = image.size
+        if not native:
+            square = min(width, height)
+            left, top = (width - square) / 2, (height - square) / 2
+            image = image.resize((target, target), Image.Resampling.BICUBIC, box=(left, top, left + square, top + square))
+        return np.asarray(image).transpose(2, 0, 1)
+
+    pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(len(rows), 3, target, target))
+    with ThreadPoolExecutor() as pool, tqdm(total=len(rows), desc=f"decode {name} {split}", unit="img", disable=None) as bar:
+        for start in range(0, len(rows), 512):
+            block = rows[start:start + 512]["image"]
+            for offset, decoded in enumerate(pool.map(decode, range(start, start + len(block)), block)):
+                pixels[start + offset] = decoded
+            bar.update(len(block))
+    pixels.flush()
+    return pixels
+
+
+# ---------------------------------------------------------------------------------------------- encoders
+
+
+class Encoder(NamedTuple):
+    name: str
+    module: torch.nn.Module  # (B, 3, S, S) normalised -> (B, D)
+    size: int                # S, pixels
+    mean: tuple              # of pixels in [0, 1], per channel
+    std: tuple
+    crop_pct: float          # evaluation resizes to S / crop_pct and takes the centre S
+    theta_pre: str           # fingerprint of the pre-trained weights
+
+
+TINY = {"library": "timm", "name": "vit_tiny_patch16_224", "kwargs": {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 4,
+                                                                      "num_heads": 4, "num_classes": 0}}
+CLIP_400M_FILE = ("laion/scaling-laws-openclip", "Model-B-16_Data-400M_Samples-34B_lr-1e-3_bs-88k.pt")
+ENCODERS = {
+    "tiny": None,  # trained by pretrain.py
+    "vit_b16_sup_in21k": "timm:vit_base_patch16_224.augreg_in21k",
+    "vit_b16_sup_in1k": "timm:vit_base_patch16_224.augreg_in1k",
+    "vit_b16_mae": "timm:vit_base_patch16_224.mae",
+    "vit_b16_dino": "timm:vit_base_patch16_224.dino",
+    "vit_b16_clip_laion400m": "timm:vit_base_patch16_clip_224.laion2b",  # this architecture, with CLIP_400M_FILE's weights
+    "vit_b16_clip_laion2b": "timm:vit_base_patch16_clip_224.laion2b",
+    "vit_l16_sup_in21k": "timm:vit_large_patch16_224.orig_in21k",
+    "vit_l14_clip_laion2b": "timm:vit_large_patch14_clip_224.laion2b",
+}
+
+
+def check_encoder_name(name):
+    """Refused, with near names, unless `name` is a known encoder, timm:NAME or open_clip:ARCH/TAG."""
+    if name in ENCODERS or re.fullmatch(r"(timm|open_clip):[A-Za-z0-9_][A-Za-z0-9_.\-/]*", name) and ".." not in name:
+        return
+    near = difflib.get_close_matches(name, ENCODERS, n=3, cutoff=0.4)
+    raise Refused(f"unknown encoder {name!r}{'; did you mean ' + ' or '.join(near) + '?' if near else ''} "
+                  f"(known: {', '.join(ENCODERS)}; any other as timm:NAME or open_clip:ARCH/TAG)")
+
+
+def run_folder(args):
+    """runs/ENCODER for this encoder; `:` and `/` in the name become `_`."""
+    check_encoder_name(args.encoder)
+    return args.runs / re.sub("[:/]", "_", args.encoder)
+
+
+def load_encoder(args):
+    """theta_pre from runs/ENCODER/pretrained.safetensors; made on first use from --weights or the hub.
+
+    Returns  Encoder, module in eval mode, fp32, on the CPU
+    Errors   Refused: unknown name, unreachable hub, a file that is no checkpoint of this architecture, weights or image size
+             other than those runs/ENCODER was begun with
+    """
+    path = run_folder(args) / "pretrained.safetensors"
+    source = hashlib.sha256(read_weights_file(args.weights)).hexdigest() if args.weights else None
+    if not path.exists():
+        if args.encoder == "tiny":
+            raise Refused(f'{path} is missing: run "python pretrain.py tiny" first')
+        save_encoder(path, *build_pretrained(args), source=source)
+    theta, about = load_tensors(path, f"python probe.py {args.encoder}", encoder=args.encoder)
+    if source and source != about["source"]:
+        raise Refused(f"{path} was not made from --weights {args.weights} (SHA-256 {source[:12]}): use another --runs")
+    if args.image_size and args.image_size != about["size"]:
+        raise Refused(f"{path} is for images of {about['size']} pixels, not {args.image_size}: use another --runs")
+    module = build_architecture(about["architecture"])
+    missing = module.load_state_dict(theta, strict=True)
+    assert not missing.missing_keys and not missing.unexpected_keys
+    return Encoder(args.encoder, module.eval(), about["size"], tuple(about["mean"]), tuple(about["std"]), about["crop_pct"], about["sha256"])
+
+
+def save_encoder(path, module, about, source=None):
+    """Write theta_pre and what is needed to build its module again."""
+    save_tensors(path, module.state_dict(), **about, source=source)
+
+
+def read_weights_file(path):
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Refused(f"--weights {path} cannot be read ({error.strerror})") from error
+
+
+def build_architecture(architecture):
+    """The module of a description {"library", "name", "kwargs"}, randomly initialised."""
+    if architecture["library"] == "timm":
+        import timm
+        return timm.create_model(architecture["name"], pretrained=False, **architecture["kwargs"])
+    import open_clip
+    return open_clip.create_model(architecture["name"], pretrained=None, **architecture["kwargs"]).visual
+
+
+def build_pretrained(args):
+    """(module with its pre-trained weights loaded strictly, description) for any name but tiny, through timm or open_clip."""
+    library, _, name = (ENCODERS.get(args.encoder) or args.encoder).partition(":")
+    build = build_timm if library == "timm" else build_open_clip
+    try:
+        module, about = build(args, name)
+    except Refused:
+        raise
+    except Exception as error:  # the hub client and torch's unpickler raise many types
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
+        raise Refused(f"--weights {args.weights} is no checkpoint of {args.encoder} ({reason})" if args.weights else
+                      f"encoder {args.encoder} wants its checkpoint from the hub and could not get it ({reason}): "
+                      f"give it as a local file with --weights FILE") from error
+    broken = [key for key, tensor in module.state_dict().items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise Refused(f"{args.weights or args.encoder}: {broken[0]} holds values that are not finite")
+    return module.float(), about | {"encoder": args.encoder}
+
+
+def build_timm(args, name):
+    """A timm encoder whose feature is its pooled output; CLIP image towers keep their projection to the joint space."""
+    import timm
+    from timm.models import get_pretrained_cfg, is_model
+    if not is_model(name.partition(".")[0]):
+        near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
+        raise Refused(f"unknown encoder timm:{name}{'; did you mean ' + ' or '.join(near) + '?' if near else ''}")
+    config = get_pretrained_cfg(name)
+    size = args.image_size or config.input_size[-1]
+    kwargs = {"img_size": size} if config.fixed_input_size and size != config.input_size[-1] else {}
+    file = args.weights
+    if args.encoder == "vit_b16_clip_laion400m" and not file:
+        from huggingface_hub import hf_hub_download
+        file = hf_hub_download(*CLIP_400M_FILE)
+    overlay = {"pretrained_cfg_overlay": {"file": str(file)}} if file else {}
+    module = timm.create_model(name, pretrained=True, **kwargs, **overlay)  # its own number of classes, so timm loads strictly
+    if "_clip_" in name and "_ft_" not in name:
+        kwargs["num_classes"] = module.num_classes
+    else:
+        module.reset_classifier(0)
+        kwargs["num_classes"] = 0
+    return module, {"architecture": {"library": "timm", "name": name, "kwargs": kwargs}, "size": size,
+                    "mean": config.mean, "std": config.std, "crop_pct": config.crop_pct}
+
+
+def build_open_clip(args, name):
+    """An open_clip image tower with its projection; ARCH/TAG, or ARCH alone with --weights."""
+    import open_clip
+    arch, _, tag = name.partition("/")
+    if arch not in open_clip.list_models():
+        near = difflib.get_close_matches(arch, open_clip.list_models(), n=3)
+        raise Refused(f"unknown encoder open_clip:{name}{'; did you mean ' + ' or '.join(near) + '?' if near else ''}")
+    kwargs = {"force_image_size": args.image_size} if args.image_size else {}
+    if open_clip.get_pretrained_cfg(arch, tag).get("quick_gelu"):
+        kwargs["force_quick_gelu"] = True
+    module = open_clip.create_model(arch, pretrained=str(args.weights) if args.weights else tag, **kwargs).visual
+    config = module.preprocess_cfg
+    size = config["size"] if isinstance(config["size"], int) else config["size"][0]
+    return module, {"architecture": {"library": "open_clip", "name": arch, "kwargs": kwargs}, "size": size,
+                    "mean": config["mean"], "std": config["std"], "crop_pct": 1.0}
+
+
+# ---------------------------------------------------------------------------------------------- images on the device
+
+
+def resized_side(encoder):
+    """Side of the square an image is resized to before the centre crop, pixels."""
+    return int(encoder.size / encoder.crop_pct)
+
+
+def fit(images, encoder):
+    """(N, 3, s, s) uint8 -> (N, 3, S, S) uint8: bicubic with antialiasing to S / crop_pct, then the centre S x S."""
+    from torchvision.transforms.v2 import InterpolationMode, functional
+    side = resized_side(encoder)
+    if images.shape[-1] != side:
+        images = functional.resize(images, [side, side], InterpolationMode.BICUBIC, antialias=True)
+    return functional.center_crop(images, [encoder.size, encoder.size])
+
+
+def normalise(images, encoder):
+    """(B, 3, S, S) pixels in [0, 255], any dtype -> float32, zero mean and unit deviation by the encoder's own statistics."""
+    mean = torch.tensor(encoder.mean, device=images.device).view(3, 1, 1) * 255
+    std = torch.tensor(encoder.std, device=images.device).view(3, 1, 1) * 255
+    return (images.float() - mean) / std
+
+
+def random_resized_crop(images, size, generator):
+    """torchvision's RandomResizedCrop(size, scale=(.9, 1), ratio=(3/4, 4/3), bicubic) for a whole batch on its device.
+
+    images   (B, 3, s, s) uint8
+    Returns  (B, 3, size, size) float32 in [0, 255]; every image its own box, a whole image where ten draws miss
+    """
+    batch, device = len(images), images.device
+    uniform = torch.rand(4, 10, batch, device=device, generator=generator)
+    area = 0.9 + 0.1 * uniform[0]
+    ratio = torch.exp((2 * uniform[1] - 1) * np.log(4 / 3))
+    width, height = (area * ratio).sqrt(), (area / ratio).sqrt()          # (10, B), fractions of the side
+    fits = (width <= 1) & (height <= 1)
+    first = fits.float().argmax(0, keepdim=True)                           # first draw that fits, as torchvision tries them
+    found = fits.any(0)
+    width = torch.where(found, width.gather(0, first)[0], 1.0)             # (B,)
+    height = torch.where(found, height.gather(0, first)[0], 1.0)
+    left = uniform[2, 0] * (1 - width)
+    top = uniform[3, 0] * (1 - height)
+    box = torch.zeros(batch, 2, 3, device=device)
+    box[:, 0, 0], box[:, 0, 2] = width, 2 * left + width - 1
+    box[:, 1, 1], box[:, 1, 2] = height, 2 * top + height - 1
+    grid = F.affine_grid(box, [batch, 3, size, size], align_corners=False)
+    crops = F.grid_sample(images.float(), grid, mode="bicubic", padding_mode="border", align_corners=False)
+    return crops.clamp(0, 255)
+
+
+# ---------------------------------------------------------------------------------------------- heads and accuracies
+
+
+def random_head(width, n_classes, generator):
+    """{"weight" (C, D), "bias" (C,)} float32 on the generator's device, drawn as torch.nn.Linear draws them."""
+    bound = width ** -0.5
+    return {name: (torch.rand(shape, device=generator.device, generator=generator) * 2 - 1) * bound
+            for name, shape in (("weight", (n_classes, width)), ("bias", (n_classes,)))}
+
+
+def load_head(folder, task, encoder, device):
+    """The probed head of one task, refused if it belongs to other weights or data; see random_head for its form."""
+    head, _ = load_tensors(folder / "heads" / f"{task.name}.safetensors", f"python probe.py {encoder.name}",
+                           theta_pre=encoder.theta_pre, data=task.fingerprint)
+    return {name: tensor.to(device) for name, tensor in head.items()}
+
+
+def load_vector(folder, recipe, task, encoder):
+    """(tau_t {name: tensor} float32 on the CPU, metadata); Refused if it is of another encoder, recipe or probed head."""
+    vector, about = load_tensors(folder / recipe / "vectors" / f"{task}.safetensors",
+                                 f"python make_vectors.py {encoder.name} --recipe {recipe}", theta_pre=encoder.theta_pre, recipe=recipe)
+    head, _ = load_tensors(folder / "heads" / f"{task}.safetensors", f"python probe.py {encoder.name}", theta_pre=encoder.theta_pre)
+    if fingerprint(head) != about["head"]:
+        raise Refused(f'{folder / recipe / "vectors" / task}.safetensors was trained against another head than {folder / "heads" / task}.safetensors: '
+                      f'run finetune.py and make_vectors.py again with --overwrite')
+    return vector, about
+
+
+def learning_rate(step, steps, peak):
+    """Linear warm-up over the first tenth of the steps, then cosine to 0 (200 of 2,000 steps in the paper)."""
+    warm_up = max(1, steps // 10)
+    if step < warm_up:
+        return peak * (step + 1) / warm_up
+    return peak * 0.5 * (1 + np.cos(np.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
+def batches(n, batch_size, steps, generator):
+    """(steps, batch_size) int64 rows of a training set of n: one random order of all rows after another, cut into batches."""
+    epochs = -(-batch_size * steps // n)
+    order = torch.cat([torch.randperm(n, device=generator.device, generator=generator) for _ in range(epochs)])
+    return order[: batch_size * steps].view(steps, batch_size)
+
+
+def predict(features, head):
+    """(N, D) features and a head -> (N,) int64 predicted classes; logits in float32."""
+    return F.linear(features.float(), head["weight"], head["bias"]).argmax(1)
+
+
+def normalized_accuracy(accuracy, single_task):
+    """Mean over tasks of accuracy / single-task accuracy; dicts {task: fraction} (arXiv:2511.14569 appendix E)."""
+    return sum(accuracy[task] / single_task[task] for task in accuracy) / len(accuracy)
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+# ---------------------------------------------------------------------------------------------- evaluator
+
+CHUNK_BYTES = 2 ** 29  # of uint8 images on the device at a time; weights are written once per setting and chunk
+
+
+class Evaluator:
+    """The one place where images meet weights: a compiled, fixed-shape encoder whose weights are written in place.
+
+    encoder     Encoder; its own module is left alone, a copy in `dtype` does the work
+    vectors     none at first: `use_vectors` sets the T task vectors; a weight setting is then theta_pre + sum_t c_t tau_t,
+                formed in float32 and cast once, for a row c of T coefficients
+    work        images ahead, decides with --compile auto whether compiling pays
+    """
+
+    def __init__(self, encoder, args, work):
+        self.encoder, self.device = encoder, pick_device(args.device)
+        self.dtype, reason = pick_dtype(args.dtype, self.device)
+        self.batch_size = 512 if self.device.type == "cuda" else 64
+        self.theta_pre = {name: tensor.to(self.device) for name, tensor in weights_of(encoder.module).items()}
+        self.vectors = []
+        module = copy.deepcopy(encoder.module).to(self.device, self.dtype).eval().requires_grad_(False)
+        self.slots = weights_of(module)
+
+        def forward(images):  # (B, 3, S, S) uint8 -> (B, D)
+            return module(normalise(images, encoder).to(self.dtype))
+
+        compiled, why = compile_pays(args.compile, self.device, encoder, work)
+        self.eager = forward
+        self.forward = torch.compile(forward, dynamic=False) if compiled else forward
+        print(f"evaluator: {str(self.dtype)[6:]} ({reason}), batch {self.batch_size}, {'compiled' if compiled else 'eager'} ({why})", flush=True)
+
+    def use_vectors(self, vectors):
+        """Set the task vectors, a list of {name: tensor} that match theta_pre's names."""
+        self.vectors = [{name: vector[name].to(self.device) for name in self.theta_pre} for vector in vectors]
+
+    def write(self, coefficients):
+        """Write theta_pre + sum_t c_t tau_t into the encoder, one tensor at a time; no coefficients write theta_pre."""
+        for name, slot in self.slots.items():
+            merged = self.theta_pre[name]
+            for coefficient, vector in zip(coefficients, self.vectors, strict=len(coefficients) > 0):
+                merged = torch.add(merged, vector[name], alpha=float(coefficient))
+            slot.copy_(merged)
+
+    @torch.inference_mode()
+    def run(self, splits, settings, consume):
+        """Features of every image of every split under every weight setting, once each.
+
+        splits    list of Split; their images form one stream, so that only its very last batch is padded
+        settings  K rows of coefficients
+        consume   called as consume(k, split index, rows slice, features (n, D)) for each piece
+        """
+        ends = np.cumsum([len(split.rows) for split in splits])
+        starts, total = ends - [len(split.rows) for split in splits], int(ends[-1])
+        chunk = max(1, CHUNK_BYTES // (3 * self.encoder.size ** 2) // self.batch_size) * self.batch_size
+        for begin in range(0, total, chunk):
+            pieces = [(t, slice(max(begin, starts[t]) - starts[t], min(begin + chunk, ends[t]) - starts[t]))
+                      for t in range(len(splits)) if starts[t] < begin + chunk and ends[t] > begin]
+            images = torch.cat([self.resident(splits[t], rows) for t, rows in pieces])
+            n = len(images)
+            padding = -n % self.batch_size
+            images = torch.cat([images, images[:1].expand(padding, -1, -1, -1)]) if padding else images
+            for k, coefficients in enumerate(settings):
+                self.write(coefficients)
+                # a compiled graph may reuse its output buffer, so each batch is copied out by cat
+                features = torch.cat([self.forward(images[i:i + self.batch_size]) for i in range(0, len(images), self.batch_size)])[:n]
+                at = 0
+                for t, rows in pieces:
+                    consume(k, t, rows, features[at:at + rows.stop - rows.start])
+                    at += rows.stop - rows.start
+
+    def resident(self, split, rows):
+        """(n, 3, S, S) uint8 on the device for some rows of a split, ready for the encoder."""
+        return torch.cat([fit(torch.from_numpy(np.ascontiguousarray(split.images[split.rows[i:min(i + 1024, rows.stop)]])).to(self.device),
+                              self.encoder) for i in range(rows.start, rows.stop, 1024)])
+
+    def features(self, splits, coefficients=()):
+        """One (N_t, D) tensor per split, in the evaluator's dtype, under one weight setting (default: theta_pre)."""
+        pieces = [[] for _ in splits]
+        self.run(splits, [coefficients], lambda k, t, rows, features: pieces[t].append(features))
+        return [torch.cat(piece) for piece in pieces]
+
+    def predictions(self, splits, heads, settings):
+        """Predicted classes, one tensor (K, N_t) int64 for each split, under K weight settings; heads go with splits."""
+        out = [torch.empty(len(settings), len(split.rows), dtype=torch.int64, device=self.device) for split in splits]
+
+        def consume(k, t, rows, features):
+            out[t][k, rows] = predict(features, heads[t])
+
+        self.run(splits, settings, consume)
+        return out
+
+    def hits(self, splits, heads, settings):
+        """Correct predictions, one list of K counts for each split; divide by len(split.rows) once."""
+        predicted = self.predictions(splits, heads, settings)
+        return [(p == torch.from_numpy(split.labels).to(self.device)).sum(1).tolist() for p, split in zip(predicted, splits)]
+
+
+def cached_features(folder, task, evaluator):
+    """{"train", "val", "test"} -> (N, D) features under theta_pre on the evaluator's device; computed once, then read back."""
+    path, dtype = folder / "features" / f"{task.name}.safetensors", str(evaluator.dtype)[6:]
+    if not path.exists():
+        features = dict(zip(task.splits, evaluator.features(list(task.splits.values()))))
+        save_tensors(path, features, theta_pre=evaluator.encoder.theta_pre, data=task.fingerprint, dtype=dtype)
+        return features
+    features, _ = load_tensors(path, f"python probe.py {evaluator.encoder.name}", theta_pre=evaluator.encoder.theta_pre,
+                               data=task.fingerprint, dtype=dtype)
+    return {split: tensor.to(evaluator.device) for split, tensor in features.items()}
+
+
+def task_vector(theta_pre, theta_t):
+    """(theta_t, tau_t) with theta_pre + tau_t == theta_t bit for bit in float32.
+
+    A plain difference loses up to half a unit in the last place where the two differ by more than a factor of two; rounding
+    theta_t to theta_pre + (theta_t - theta_pre) twice reaches a value from which nothing is lost.
+    """
+    tau_t = {}
+    for name, pre in theta_pre.items():
+        for _ in range(2):
+            theta_t = theta_t | {name: pre + (theta_t[name] - pre)}
+        tau_t[name] = theta_t[name] - pre
+    return theta_t, tau_t
+
+
+def weights_of(module):
+    """{name: tensor} of everything a task vector covers: parameters and floating-point buffers, not copied."""
+    return {name: tensor for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
+
+
+def compile_pays(mode, device, encoder, images):
+    """(whether to torch.compile the encoder, why). auto compiles where the forward work ahead is long against compiling.
+
+    Compiling takes seconds per block and repays itself in a fraction of the forward time, so on a CPU `auto` asks for
+    COMPILE_FLOPS of work; a GPU gets through small jobs either way and is asked for a tenth of the images that COMPILE_FLOPS is.
+    """
+    if mode == "off":
+        return False, "--compile off"
+    if device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++") or os.environ.get("CXX")):
+        return False, "no C++ compiler here"
+    if device.type == "mps":
+        return False, "not compiled on mps"
+    if mode == "on":
+        return True, "--compile on"
+    work = images * forward_flops(encoder)
+    enough = COMPILE_FLOPS[device.type]
+    return work >= enough, f"{work:.1e} FLOP ahead, compiling pays from {enough:.0e}"
+
+
+COMPILE_FLOPS = {"cpu": 3e13, "cuda": 1e15}
+
+
+def forward_flops(encoder):
+    """Floating-point operations of one image's forward pass (2 per multiply-add)."""
+    from torch.utils.flop_counter import FlopCounterMode
+    image = torch.zeros(1, 3, encoder.size, encoder.size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        encoder.module(image)
+    return counter.get_total_flops()
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+
+def figure(width, height):
+    """A matplotlib figure of width x height inches and its single axes, without a window system."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt.subplots(figsize=(width, height), layout="constrained")
+
+
+def save_figure(path, fig):
+    import matplotlib.pyplot as plt
+    with replacing(path) as temporary:
+        fig.savefig(temporary, format="png", dpi=150)
+    plt.close(fig)
+    print(f"picture: {path}", flush=True)

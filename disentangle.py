@@ -1,0 +1,154 @@
+"""
+Weight disentanglement: how often adding another task's vector changes a task's predictions, as a heat map over two lambdas.
+
+    python disentangle.py vit_b16_dino --pairs cars-dtd,mnist-svhn
+    python disentangle.py tiny --pairs all --points 7 --samples 256
+
+Reads   runs/ENCODER/pretrained.safetensors, heads/ (probe.py), RECIPE/vectors/TASK.safetensors (make_vectors.py)
+Writes  runs/ENCODER/RECIPE/disentangle/A-B.npz and .png, disentangle.json
+Source  arXiv:2511.14569 section 4.1 and Figure 1; xi is the sum of both tasks' terms, in [0, 2]
+"""
+import itertools
+import time
+
+import numpy as np
+import torch
+
+import common
+
+
+def parse_args(argv=None):
+    parser = common.stage_parser(__doc__)
+    common.add_recipe(parser)
+    parser.add_argument("--pairs", default="first", help="A-B,C-D,... or all, or first: the first two tasks (default first)")
+    parser.add_argument("--points", type=common.positive, default=25, help="values of each lambda; odd, so that 0 is one (default 25)")
+    parser.add_argument("--limit", type=float, default=3.0, help="lambdas run from -limit to limit (default 3)")
+    parser.add_argument("--samples", type=common.positive, default=2048, help="random test images per task (default 2048)")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    # ------------------------------------------------------------------ what is to be done
+    folder, sources = common.run_folder(args), dict(common.task_names(args))
+    pairs = choose_pairs(args.pairs, list(sources))
+    if args.points % 2 == 0:
+        raise common.Refused(f"--points {args.points} is even: the grid would miss lambda = 0")
+    encoder = common.load_encoder(args)
+    device = common.pick_device(args.device)
+    dtype, _ = common.pick_dtype(args.dtype, device)
+    vectors = {name: common.load_vector(folder, args.recipe, name, encoder) for name in sorted({name for pair in pairs for name in pair})}
+    config = {"encoder": args.encoder, "theta_pre": encoder.theta_pre, "image_size": encoder.size, "recipe": args.recipe,
+              "points": args.points, "limit": args.limit, "samples": args.samples, "dtype": str(dtype)[6:], "seed": args.seed}
+    path = folder / args.recipe / "disentangle.json"
+    result = common.open_result(path, config, args)
+    done = result.setdefault("pairs", {})
+    todo = [(a, b) for a, b in pairs if done.get(f"{a}-{b}", {}).get("vectors") != [vectors[a][1]["sha256"], vectors[b][1]["sha256"]]]
+    if not todo:
+        print(f"disentangle: {path} has all {len(pairs)} pairs, nothing to do (--overwrite to redo)")
+        return
+
+    # ------------------------------------------------------------------ random test images, the same in every pair
+    used = sorted({name for pair in todo for name in pair})
+    tasks = {name: common.load_task(name, sources[name], encoder, args) for name in used}
+    heads = {name: common.load_head(folder, tasks[name], encoder, device) for name in used}
+    images = {name: sample(tasks[name].splits["test"], args.samples, args.seed) for name in used}
+    lambdas = np.linspace(-args.limit, args.limit, args.points).round(10)
+    cells = (args.points ** 2 - args.points) * sum(len(images[name].rows) for pair in todo for name in pair)
+    evaluator = common.Evaluator(encoder, args, cells + args.points * sum(len(split.rows) for split in images.values()))
+    print(f"disentangle: {len(todo)} pairs, {args.points} x {args.points} points, {cells} images to evaluate", flush=True)
+
+    # ------------------------------------------------------------------ theta_pre + lambda tau_t alone, once per task and lambda
+    single = {}
+    for name in used:
+        evaluator.use_vectors([vectors[name][0]])
+        [single[name]] = evaluator.predictions([images[name]], [heads[name]], [(lam,) for lam in lambdas])  # (points, N)
+
+    # ------------------------------------------------------------------ every cell of every pair
+    for a, b in todo:
+        start = time.perf_counter()
+        evaluator.use_vectors([vectors[a][0], vectors[b][0]])
+        xi = error_grid(evaluator, [images[a], images[b]], [heads[a], heads[b]], [single[a], single[b]], lambdas)
+        seconds = time.perf_counter() - start
+        inside = np.abs(lambdas) <= 1
+        name = f"{a}-{b}"
+        with common.replacing(folder / args.recipe / "disentangle" / f"{name}.npz") as temporary:
+            with open(temporary, "wb") as file:
+                np.savez(file, xi=xi, lambdas=lambdas)
+        done[name] = {"limit": args.limit, "points": args.points, "samples": [len(images[a].rows), len(images[b].rows)],
+                      "mean_xi_in_box": float(xi[np.ix_(inside, inside)].mean()), "xi_at_origin": float(xi[args.points // 2, args.points // 2]),
+                      "max_xi": float(xi.max()), "seconds": seconds, "vectors": [vectors[a][1]["sha256"], vectors[b][1]["sha256"]]}
+        draw(folder / args.recipe / "disentangle" / f"{name}.png", xi, args.limit, a, b, f"{args.encoder}, {args.recipe}")
+        common.write_json(path, result)
+        print(f"disentangle {name}: mean xi in [-1, 1]^2 {done[name]['mean_xi_in_box']:.4f}, at the origin {done[name]['xi_at_origin']:g}, "
+              f"n = {done[name]['samples']}, {seconds:.1f} s", flush=True)
+
+
+def choose_pairs(text, names):
+    """[(A, B)] for --pairs; Refused for an unknown task, a task with itself, or fewer than two tasks."""
+    if len(names) < 2:
+        raise common.Refused(f"a pair needs two tasks, --tasks names {', '.join(names)}")
+    if text in ("all", "first"):
+        return list(itertools.combinations(names, 2))[: 1 if text == "first" else None]
+    pairs = []
+    for word in text.split(","):
+        fitting = [(a, b) for a in names for b in names if a != b and word == f"{a}-{b}"]
+        if len(fitting) != 1:
+            raise common.Refused(f"--pairs: {word!r} is not A-B with A and B two of {', '.join(names)}")
+        pairs += fitting
+    return pairs
+
+
+def sample(split, n, seed):
+    """At most n random images of a split, without replacement, in random order."""
+    chosen = np.random.default_rng(seed).permutation(len(split.rows))[:n]
+    return common.Split(split.images, split.rows[chosen], split.labels[chosen])
+
+
+def disentanglement_error(single, merged):
+    """Fraction of images on which merging the other task in changes the prediction: one task's term of xi.
+
+    single   (N,) int64   predictions of theta_pre + lambda_t tau_t
+    merged   (N,) int64   predictions of theta_pre + lambda_1 tau_1 + lambda_2 tau_2, same images, same order
+    Returns  float in [0, 1]; xi is the sum of the two tasks' terms, in [0, 2]
+    Errors   ValueError if N is 0 or the lengths differ
+    Source   arXiv:2511.14569 section 4.1
+    """
+    if single.shape != merged.shape or single.numel() == 0:
+        raise ValueError(f"predictions of shapes {tuple(single.shape)} and {tuple(merged.shape)}")
+    return (single != merged).sum().item() / single.numel()
+
+
+def error_grid(evaluator, images, heads, single, lambdas):
+    """xi (points, points), rows lambda_1 and columns lambda_2.
+
+    Where the other task's lambda is 0 the merged encoder is the single-task one, so that term is 0 and is not evaluated.
+    """
+    points = len(lambdas)
+    cells = list(itertools.product(range(points), range(points)))
+    needed = [[cell for cell in cells if lambdas[cell[1 - t]] != 0] for t in (0, 1)]
+    both = [cell for cell in needed[0] if cell in set(needed[1])]
+    merged = {}
+    for t, group in [((0, 1), both), ((0,), [c for c in needed[0] if c not in set(both)]), ((1,), [c for c in needed[1] if c not in set(both)])]:
+        predicted = evaluator.predictions([images[i] for i in t], [heads[i] for i in t], [(lambdas[r], lambdas[c]) for r, c in group])
+        merged |= {(i, cell): row for i, rows in zip(t, predicted) for cell, row in zip(group, rows)}
+    xi = np.zeros((points, points))
+    for t in (0, 1):
+        for cell in needed[t]:
+            xi[cell] += disentanglement_error(single[t][cell[t]], merged[t, cell])
+    return xi
+
+
+def draw(path, xi, limit, a, b, title):
+    """The heat map of Figure 1: light where xi is small, the box of usual coefficients in red."""
+    from matplotlib.patches import Rectangle
+    fig, axes = common.figure(4.6, 4.0)
+    half = limit / (len(xi) - 1)
+    image = axes.imshow(xi.T, origin="lower", extent=(-limit - half, limit + half) * 2, cmap="Blues", vmin=0, vmax=2)
+    axes.add_patch(Rectangle((-1, -1), 2, 2, fill=False, edgecolor="red", linewidth=1.5))
+    axes.set(xlabel=f"lambda of {a}", ylabel=f"lambda of {b}", title=title)
+    fig.colorbar(image, ax=axes, label="disentanglement error xi, 0 to 2")
+    common.save_figure(path, fig)
+
+
+if __name__ == "__main__":
+    common.run(main, parse_args)

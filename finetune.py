@@ -1,0 +1,158 @@
+"""
+Fine-tune the encoder on each task with its probed head frozen.
+
+    python finetune.py vit_b16_dino                              # searches the learning rate on Cars first
+    python finetune.py vit_b16_dino --lr 1e-5                    # without the search
+    python finetune.py tiny --tasks glyphs,textures --steps 100
+
+Reads   runs/ENCODER/pretrained.safetensors, heads/TASK.safetensors (probe.py)
+Writes  runs/ENCODER/RECIPE/finetuned/TASK.safetensors, finetune.json
+Source  arXiv:2511.14569 section 3.1 and appendix C: AdamW, 2,000 steps of 128, warm-up, cosine to 0
+"""
+import copy
+import resource
+import time
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import common
+
+LEARNING_RATES = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
+WEIGHT_DECAY, CLIP_NORM = 0.1, 1.0
+
+
+def parse_args(argv=None):
+    parser = common.stage_parser(__doc__)
+    common.add_recipe(parser)
+    parser.add_argument("--steps", type=common.positive, default=2000, help="optimizer steps per task (default 2000)")
+    parser.add_argument("--batch-size", type=common.positive, default=128, help="images per step (default 128)")
+    parser.add_argument("--lr", type=float, help="peak learning rate; without it a search over decades on one task, cars or else the first")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    # ------------------------------------------------------------------ what is to be done
+    folder, sources = common.run_folder(args), dict(common.task_names(args))
+    encoder = common.load_encoder(args)
+    config = {"encoder": args.encoder, "theta_pre": encoder.theta_pre, "image_size": encoder.size, "recipe": args.recipe,
+              "steps": args.steps, "batch_size": args.batch_size, "lr": args.lr or "search", "weight_decay": WEIGHT_DECAY, "seed": args.seed}
+    path = folder / args.recipe / "finetune.json"
+    result = common.open_result(path, config, args)
+    done = result.setdefault("tasks", {})
+    if set(sources) <= set(done):
+        print(f"finetune: {path} has all {len(sources)} tasks, nothing to do (--overwrite to redo)")
+        return
+    tasks = {name: common.load_task(name, source, encoder, args) for name, source in sources.items()}
+    device = common.pick_device(args.device)
+    heads = {name: common.load_head(folder, task, encoder, device) for name, task in tasks.items()}
+
+    # ------------------------------------------------------------------ one module to train, one evaluator
+    todo = [name for name in tasks if name not in done]
+    images = sum(len(tasks[name].splits[split].rows) for name in todo for split in ("val", "test"))
+    evaluator = common.Evaluator(encoder, args, images)
+    module = copy.deepcopy(encoder.module).to(device).train()
+    runs = len(todo) + (0 if args.lr else len(LEARNING_RATES) - 1)
+    compiled, why = common.compile_pays(args.compile, device, encoder, 3 * runs * args.steps * args.batch_size)
+    forward = torch.compile(module, dynamic=False) if compiled else module
+    print(f"finetune: {len(todo)} tasks x {args.steps} steps of {args.batch_size}, {'compiled' if compiled else 'eager'} ({why})", flush=True)
+
+    # ------------------------------------------------------------------ learning rate, on one task's validation split
+    best = None
+    if args.lr:
+        result["lr"] = args.lr
+    elif "lr" not in result:
+        search = common.search_task(list(tasks))
+        result["search"] = {"task": search, "val": {}}
+        for lr in LEARNING_RATES:
+            theta_t, cost = train(forward, module, encoder, tasks[search], heads[search], lr, args)
+            if theta_t is None:
+                print(f"finetune: search on {search}, learning rate {lr:g}: diverged", flush=True)
+                continue
+            val = evaluate(evaluator, encoder, theta_t, tasks[search], heads[search], ["val"])["val"]
+            print(f"finetune: search on {search}, learning rate {lr:g}: validation {val:.4f}", flush=True)
+            result["search"]["val"][f"{lr:g}"] = val
+            if best is None or val > best["val"]:
+                best = {"val": val, "lr": lr, "theta_t": theta_t, "cost": cost}
+        if best is None:
+            raise common.Refused(f"every learning rate of the search diverged on {search}; give --lr")
+        result["lr"] = best["lr"]
+
+    # ------------------------------------------------------------------ one theta_t per task
+    for name in todo:
+        if best and name == search:  # the search has trained this one already, same seed and steps
+            theta_t, cost = best["theta_t"], best["cost"]
+        else:
+            theta_t, cost = train(forward, module, encoder, tasks[name], heads[name], result["lr"], args)
+        if theta_t is None:
+            raise common.Refused(f"task {name}: training diverged at learning rate {result['lr']:g}; "
+                                 f"finished tasks are kept, a smaller --lr needs --overwrite or another --runs")
+        common.save_tensors(folder / args.recipe / "finetuned" / f"{name}.safetensors", theta_t, theta_pre=encoder.theta_pre,
+                            recipe=args.recipe, task=name, data=tasks[name].fingerprint, head=common.fingerprint(heads[name]))
+        done[name] = evaluate(evaluator, encoder, theta_t, tasks[name], heads[name], ["val", "test"]) | cost
+        result |= {"recipe": args.recipe, "mean_test": common.mean(row["test"] for row in done.values())}
+        common.write_json(path, result)
+        print(f"finetune {name}: validation {done[name]['val']:.4f}, test {done[name]['test']:.4f} (n = {done[name]['n_test']}), "
+              f"{cost['seconds']:.1f} s, {cost['images_per_second']:.0f} img/s", flush=True)
+    print(f"finetune: mean test accuracy {result['mean_test']:.4f} over {len(done)} tasks, learning rate {result['lr']:g}")
+
+
+def train(forward, module, encoder, task, head, lr, args):
+    """Train `module` (through `forward`, perhaps compiled) from theta_pre on one task.
+
+    Returns  (theta_t, {"seconds", "images_per_second", ...}); theta_t is None where the loss or a weight stopped being finite
+    """
+    device = next(module.parameters()).device
+    generator = torch.Generator(device).manual_seed(args.seed)
+    dtype, _ = common.pick_dtype(args.dtype, device)
+    amp = device.type == "cuda" and dtype == torch.bfloat16  # bf16 does not speed up training on CPUs
+    module.load_state_dict(encoder.module.state_dict())
+    split = task.splits["train"]
+    images = torch.from_numpy(split.images[split.rows]).to(device)         # (N, 3, s, s) uint8, resident
+    labels = torch.from_numpy(split.labels).to(device)
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=WEIGHT_DECAY, fused=True)
+    finite = torch.ones((), dtype=torch.bool, device=device)
+    start = time.perf_counter()
+    bar = tqdm(common.batches(len(labels), args.batch_size, args.steps, generator), desc=f"{task.name} lr {lr:g}", unit="step", disable=None, leave=False)
+    for step, rows in enumerate(bar):
+        optimizer.param_groups[0]["lr"] = common.learning_rate(step, args.steps, lr)
+        pixels = common.normalise(common.random_resized_crop(images[rows], encoder.size, generator), encoder)  # (B, 3, S, S)
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            features = forward(pixels)                                     # (B, D)
+        loss = F.cross_entropy(F.linear(features.float(), head["weight"], head["bias"]), labels[rows])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        finite &= loss.isfinite()
+        if step % 50 == 49:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+            if not finite:
+                return None, {}
+    finite &= torch.stack([parameter.isfinite().all() for parameter in parameters]).all()
+    if not finite:                                                         # waits for the device, so the clock is right below
+        return None, {}
+    seconds = time.perf_counter() - start
+    theta_pre = common.weights_of(encoder.module)
+    theta_t, _ = common.task_vector(theta_pre, {name: tensor.cpu() for name, tensor in common.weights_of(module).items()})
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return theta_t, {"final_loss": loss.item(), "trainable_params": sum(p.numel() for p in parameters), "seconds": seconds,
+                     "images_per_second": args.steps * args.batch_size / seconds, "peak_memory_bytes": peak}
+
+
+def evaluate(evaluator, encoder, theta_t, task, head, splits):
+    """{split: accuracy, hits_split, n_split} of theta_pre + tau_t, the way merge_eval.py will meet it."""
+    _, tau_t = common.task_vector(common.weights_of(encoder.module), theta_t)
+    evaluator.use_vectors([tau_t])
+    counted = evaluator.hits([task.splits[split] for split in splits], [head] * len(splits), [(1.0,)])
+    row = {}
+    for split, [correct] in zip(splits, counted):
+        n = len(task.splits[split].rows)
+        row |= {split: correct / n, f"hits_{split}": correct, f"n_{split}": n}
+    return row
+
+
+if __name__ == "__main__":
+    common.run(main, parse_args)
