@@ -1,26 +1,23 @@
 """
-What defines a number, once: tasks and splits, encoders, heads, the one evaluator, weight arithmetic, the file format.
+What defines a number, once: tasks and splits, heads, the one evaluator, weight arithmetic.
 
-    from common import load_task, load_encoder, Evaluator
+    evaluator = common.Evaluator(encoder, args, images_ahead)
+    evaluator.use_vectors([tau_a, tau_b])
+    hits = evaluator.hits([split], [head], [(0.1, 0.1), (0.2, 0.2)])     # [[hits at .1, hits at .2]], over len(split.rows)
 
-Every stage imports this file; nothing here trains. The parts, in order: refusals and flags, files, tasks, encoders, heads,
-evaluator, pictures. Shapes: N images, B a batch, C classes, D feature width, K weight settings, S image side in pixels.
+Every stage imports this file; nothing here trains. The parts, in order: flags and devices, tasks, images on the device, heads
+and accuracies, evaluator, pictures. Shapes: N images, B a batch, C classes, D feature width, K weight settings, S pixels a side.
 Source  arXiv:2511.14569; the choices it leaves open are listed in the README
 """
 import argparse
-import contextlib
 import copy
-import datetime
 import difflib
 import hashlib
 import io
 import json
 import os
-import platform
 import re
 import shutil
-import sys
-import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,26 +26,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 import tiny
+from encoders import ENCODERS, weights_of
+from files import Refused, fingerprint, go_offline_if_unreachable, load_tensors, replacing, save_tensors
 
-# ---------------------------------------------------------------------------------------------- refusals and flags
-
-
-class Refused(Exception):
-    """A user's mistake, or a file that cannot be trusted. Ends the stage in one line and exit code 2."""
-
-
-def run(main, parse_args):
-    """Run a stage from the command line: a refusal is one line on stderr and exit code 2, a bug keeps its traceback."""
-    try:
-        main(parse_args())
-    except Refused as refusal:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(refusal).split())}", file=sys.stderr)
-        sys.exit(2)
+# ---------------------------------------------------------------------------------------------- flags and devices
 
 
 def stage_parser(docstring):
@@ -107,121 +91,6 @@ def pick_dtype(name, device):
     else:
         has_bf16, unit = False, "measured bf16 units"
     return (torch.bfloat16, f"{device.type} with {unit}") if has_bf16 else (torch.float32, f"{device.type} without {unit}")
-
-
-# ---------------------------------------------------------------------------------------------- files
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """Yield a temporary name beside `path` for a file or folder; rename it to `path` when whole, remove it on failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        for file in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
-            descriptor = os.open(file, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        os.replace(temporary, path)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
-
-
-def fingerprint(tensors):
-    """SHA-256 (hex) over names, dtypes, shapes and bytes of a dict of tensors, in name order."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
-    return digest.hexdigest()
-
-
-def save_tensors(path, tensors, **metadata):
-    """Write a dict of tensors as safetensors, whole or not at all; metadata is JSON, with the contents' SHA-256 added."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {key: json.dumps(value) for key, value in (metadata | {"sha256": fingerprint(tensors)}).items()}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata)
-
-
-def load_tensors(path, made_by, **expected):
-    """Read back what save_tensors wrote.
-
-    made_by   the command that writes the file, named when it is missing
-    expected  metadata that has to match, e.g. theta_pre=FINGERPRINT
-    Returns   (dict of CPU tensors, dict of metadata)
-    Errors    Refused: missing, cut, altered (SHA-256), or with other metadata
-    """
-    if not path.exists():
-        raise Refused(f'{path} is missing: run "{made_by}" first')
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise Refused(f'{path} cannot be read ({error}): delete it and run "{made_by}" again') from error
-    if metadata.get("sha256") != fingerprint(tensors):
-        raise Refused(f'{path} does not match its own checksum: delete it and run "{made_by}" again')
-    for key, value in expected.items():
-        if metadata.get(key) != value:
-            raise Refused(f'{path} was made with {key} {short(metadata.get(key))}, but {short(value)} is in use: '
-                          f'delete it and run "{made_by}" again, or use another --runs')
-    return tensors, metadata
-
-
-def short(value):
-    """A value for an error message; fingerprints cut to twelve digits."""
-    return value[:12] if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) else repr(value)
-
-
-def write_json(path, result):
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-
-
-def read_json(path, made_by):
-    """A result of an earlier stage. Refused if it is missing or not JSON."""
-    if not path.exists():
-        raise Refused(f'{path} is missing: run "{made_by}" first')
-    try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise Refused(f'{path} is not valid JSON ({error}): delete it and run "{made_by}" again') from error
-
-
-def open_result(path, config, args):
-    """The result of an earlier run with the same settings, to be continued, or a new one.
-
-    config   dict of every setting that changes the numbers (JSON values)
-    Returns  dict with "config" and "machine", ready for the stage's own keys
-    Errors   Refused if `path` holds a result of other settings; they are named
-    """
-    config = json.loads(json.dumps(config))
-    result = {} if args.overwrite or not path.exists() else read_json(path, "the same command")
-    differ = [f"{key} {short(result['config'].get(key))} there, {short(value)} asked"
-              for key, value in config.items() if result and result["config"].get(key) != value]
-    if differ:
-        raise Refused(f"{path} holds a result of other settings ({'; '.join(differ)}): "
-                      f"give --overwrite to replace it or another --runs to keep both")
-    return result | {"config": config, "machine": machine(pick_device(args.device))}
-
-
-def machine(device):
-    """Where a number was made: device, threads, library versions, date (UTC)."""
-    import timm
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {cpu_name()}"
-    return {"device": name, "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
-            "timm": timm.__version__, "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat()}
-
-
-def cpu_name():
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    return names[0].strip() if names else platform.processor()
 
 
 # ---------------------------------------------------------------------------------------------- tasks
@@ -390,11 +259,13 @@ def existing_parent(path):
 
 
 def read_dataset(name, source):
-    """({split: rows of undecoded images}, {split: (N,) int64 labels}, class names) of a hub data set or a local folder."""
+    """({split: column of undecoded images}, {split: (N,) int64 labels}, class names) of a hub data set or a local folder."""
+    is_local = isinstance(source, Path)
+    if not is_local:
+        go_offline_if_unreachable()
     import datasets
     datasets.disable_progress_bars()
     registered = TASKS.get(name) if not isinstance(source, str) else None
-    is_local = isinstance(source, Path)
     path, config = (str(source.expanduser()), None) if is_local else (source, None) if isinstance(source, str) else source[:2]
     print(f"task {name}: reading {path}", flush=True)
     try:
@@ -432,8 +303,7 @@ def read_dataset(name, source):
     if registered and counts != registered[2:]:
         raise Refused(f"task {name}: {path} has {counts[0]} train and {counts[1]} test images in {counts[2]} classes; {name} is "
                       f"{registered[2]} and {registered[3]} in {registered[4]}: this is another data set, give it another name (OTHER={path})")
-    encoded = {split: found[split].select_columns([image]).cast_column(image, datasets.Image(decode=False)).rename_column(image, "image")
-               for split in ("train", "test")}
+    encoded = {split: found[split].cast_column(image, datasets.Image(decode=False))[image] for split in ("train", "test")}
     return encoded, labels, classes
 
 
@@ -446,10 +316,10 @@ def open_image(cell):
 def one_small_square_size(encoded, side):
     """The common side of all images if they are square, alike and at most `side` pixels; else 0. Reads headers only."""
     first = None
-    for rows in encoded.values():
-        for row in rows:
+    for cells in encoded.values():
+        for cell in cells:
             try:
-                size = open_image(row["image"]).size
+                size = open_image(cell).size
             except Exception:  # decode_split names the broken image; a set with one is resized like any other until then
                 return 0
             first = first or size
@@ -458,8 +328,8 @@ def one_small_square_size(encoded, side):
     return first[0]
 
 
-def decode_split(name, split, rows, native, side, path):
-    """Decode `rows` in threads into an .npy file of (N, 3, s, s) uint8: the centre square, bicubic to `side` unless native."""
+def decode_split(name, split, cells, native, side, path):
+    """Decode `cells` in threads into an .npy file of (N, 3, s, s) uint8: the centre square, bicubic to `side` unless native."""
     from PIL import Image
     target = native or side
 
@@ -475,165 +345,15 @@ def decode_split(name, split, rows, native, side, path):
             image = image.resize((target, target), Image.Resampling.BICUBIC, box=(left, top, left + square, top + square))
         return np.asarray(image).transpose(2, 0, 1)
 
-    pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(len(rows), 3, target, target))
-    with ThreadPoolExecutor() as pool, tqdm(total=len(rows), desc=f"decode {name} {split}", unit="img", disable=None) as bar:
-        for start in range(0, len(rows), 512):
-            block = rows[start:start + 512]["image"]
+    pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(len(cells), 3, target, target))
+    with ThreadPoolExecutor() as pool, tqdm(total=len(cells), desc=f"decode {name} {split}", unit="img", disable=None) as bar:
+        for start in range(0, len(cells), 512):
+            block = cells[start:start + 512]
             for offset, decoded in enumerate(pool.map(decode, range(start, start + len(block)), block)):
                 pixels[start + offset] = decoded
             bar.update(len(block))
     pixels.flush()
     return pixels
-
-
-# ---------------------------------------------------------------------------------------------- encoders
-
-
-class Encoder(NamedTuple):
-    name: str
-    module: torch.nn.Module  # (B, 3, S, S) normalised -> (B, D)
-    size: int                # S, pixels
-    mean: tuple              # of pixels in [0, 1], per channel
-    std: tuple
-    crop_pct: float          # evaluation resizes to S / crop_pct and takes the centre S
-    theta_pre: str           # fingerprint of the pre-trained weights
-
-
-TINY = {"library": "timm", "name": "vit_tiny_patch16_224", "kwargs": {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 4,
-                                                                      "num_heads": 4, "num_classes": 0}}
-CLIP_400M_FILE = ("laion/scaling-laws-openclip", "Model-B-16_Data-400M_Samples-34B_lr-1e-3_bs-88k.pt")
-ENCODERS = {
-    "tiny": None,  # trained by pretrain.py
-    "vit_b16_sup_in21k": "timm:vit_base_patch16_224.augreg_in21k",
-    "vit_b16_sup_in1k": "timm:vit_base_patch16_224.augreg_in1k",
-    "vit_b16_mae": "timm:vit_base_patch16_224.mae",
-    "vit_b16_dino": "timm:vit_base_patch16_224.dino",
-    "vit_b16_clip_laion400m": "timm:vit_base_patch16_clip_224.laion2b",  # this architecture, with CLIP_400M_FILE's weights
-    "vit_b16_clip_laion2b": "timm:vit_base_patch16_clip_224.laion2b",
-    "vit_l16_sup_in21k": "timm:vit_large_patch16_224.orig_in21k",
-    "vit_l14_clip_laion2b": "timm:vit_large_patch14_clip_224.laion2b",
-}
-
-
-def check_encoder_name(name):
-    """Refused, with near names, unless `name` is a known encoder, timm:NAME or open_clip:ARCH/TAG."""
-    if name in ENCODERS or re.fullmatch(r"(timm|open_clip):[A-Za-z0-9_][A-Za-z0-9_.\-/]*", name) and ".." not in name:
-        return
-    near = difflib.get_close_matches(name, ENCODERS, n=3, cutoff=0.4)
-    raise Refused(f"unknown encoder {name!r}{'; did you mean ' + ' or '.join(near) + '?' if near else ''} "
-                  f"(known: {', '.join(ENCODERS)}; any other as timm:NAME or open_clip:ARCH/TAG)")
-
-
-def run_folder(args):
-    """runs/ENCODER for this encoder; `:` and `/` in the name become `_`."""
-    check_encoder_name(args.encoder)
-    return args.runs / re.sub("[:/]", "_", args.encoder)
-
-
-def load_encoder(args):
-    """theta_pre from runs/ENCODER/pretrained.safetensors; made on first use from --weights or the hub.
-
-    Returns  Encoder, module in eval mode, fp32, on the CPU
-    Errors   Refused: unknown name, unreachable hub, a file that is no checkpoint of this architecture, weights or image size
-             other than those runs/ENCODER was begun with
-    """
-    path = run_folder(args) / "pretrained.safetensors"
-    source = hashlib.sha256(read_weights_file(args.weights)).hexdigest() if args.weights else None
-    if not path.exists():
-        if args.encoder == "tiny":
-            raise Refused(f'{path} is missing: run "python pretrain.py tiny" first')
-        save_encoder(path, *build_pretrained(args), source=source)
-    theta, about = load_tensors(path, f"python probe.py {args.encoder}", encoder=args.encoder)
-    if source and source != about["source"]:
-        raise Refused(f"{path} was not made from --weights {args.weights} (SHA-256 {source[:12]}): use another --runs")
-    if args.image_size and args.image_size != about["size"]:
-        raise Refused(f"{path} is for images of {about['size']} pixels, not {args.image_size}: use another --runs")
-    module = build_architecture(about["architecture"])
-    missing = module.load_state_dict(theta, strict=True)
-    assert not missing.missing_keys and not missing.unexpected_keys
-    return Encoder(args.encoder, module.eval(), about["size"], tuple(about["mean"]), tuple(about["std"]), about["crop_pct"], about["sha256"])
-
-
-def save_encoder(path, module, about, source=None):
-    """Write theta_pre and what is needed to build its module again."""
-    save_tensors(path, module.state_dict(), **about, source=source)
-
-
-def read_weights_file(path):
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise Refused(f"--weights {path} cannot be read ({error.strerror})") from error
-
-
-def build_architecture(architecture):
-    """The module of a description {"library", "name", "kwargs"}, randomly initialised."""
-    if architecture["library"] == "timm":
-        import timm
-        return timm.create_model(architecture["name"], pretrained=False, **architecture["kwargs"])
-    import open_clip
-    return open_clip.create_model(architecture["name"], pretrained=None, **architecture["kwargs"]).visual
-
-
-def build_pretrained(args):
-    """(module with its pre-trained weights loaded strictly, description) for any name but tiny, through timm or open_clip."""
-    library, _, name = (ENCODERS.get(args.encoder) or args.encoder).partition(":")
-    build = build_timm if library == "timm" else build_open_clip
-    try:
-        module, about = build(args, name)
-    except Refused:
-        raise
-    except Exception as error:  # the hub client and torch's unpickler raise many types
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
-        raise Refused(f"--weights {args.weights} is no checkpoint of {args.encoder} ({reason})" if args.weights else
-                      f"encoder {args.encoder} wants its checkpoint from the hub and could not get it ({reason}): "
-                      f"give it as a local file with --weights FILE") from error
-    broken = [key for key, tensor in module.state_dict().items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise Refused(f"{args.weights or args.encoder}: {broken[0]} holds values that are not finite")
-    return module.float(), about | {"encoder": args.encoder}
-
-
-def build_timm(args, name):
-    """A timm encoder whose feature is its pooled output; CLIP image towers keep their projection to the joint space."""
-    import timm
-    from timm.models import get_pretrained_cfg, is_model
-    if not is_model(name.partition(".")[0]):
-        near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
-        raise Refused(f"unknown encoder timm:{name}{'; did you mean ' + ' or '.join(near) + '?' if near else ''}")
-    config = get_pretrained_cfg(name)
-    size = args.image_size or config.input_size[-1]
-    kwargs = {"img_size": size} if config.fixed_input_size and size != config.input_size[-1] else {}
-    file = args.weights
-    if args.encoder == "vit_b16_clip_laion400m" and not file:
-        from huggingface_hub import hf_hub_download
-        file = hf_hub_download(*CLIP_400M_FILE)
-    overlay = {"pretrained_cfg_overlay": {"file": str(file)}} if file else {}
-    module = timm.create_model(name, pretrained=True, **kwargs, **overlay)  # its own number of classes, so timm loads strictly
-    if "_clip_" in name and "_ft_" not in name:
-        kwargs["num_classes"] = module.num_classes
-    else:
-        module.reset_classifier(0)
-        kwargs["num_classes"] = 0
-    return module, {"architecture": {"library": "timm", "name": name, "kwargs": kwargs}, "size": size,
-                    "mean": config.mean, "std": config.std, "crop_pct": config.crop_pct}
-
-
-def build_open_clip(args, name):
-    """An open_clip image tower with its projection; ARCH/TAG, or ARCH alone with --weights."""
-    import open_clip
-    arch, _, tag = name.partition("/")
-    if arch not in open_clip.list_models():
-        near = difflib.get_close_matches(arch, open_clip.list_models(), n=3)
-        raise Refused(f"unknown encoder open_clip:{name}{'; did you mean ' + ' or '.join(near) + '?' if near else ''}")
-    kwargs = {"force_image_size": args.image_size} if args.image_size else {}
-    if open_clip.get_pretrained_cfg(arch, tag).get("quick_gelu"):
-        kwargs["force_quick_gelu"] = True
-    module = open_clip.create_model(arch, pretrained=str(args.weights) if args.weights else tag, **kwargs).visual
-    config = module.preprocess_cfg
-    size = config["size"] if isinstance(config["size"], int) else config["size"][0]
-    return module, {"architecture": {"library": "open_clip", "name": arch, "kwargs": kwargs}, "size": size,
-                    "mean": config["mean"], "std": config["std"], "crop_pct": 1.0}
 
 
 # ---------------------------------------------------------------------------------------------- images on the device
@@ -865,11 +585,6 @@ def task_vector(theta_pre, theta_t):
             theta_t = theta_t | {name: pre + (theta_t[name] - pre)}
         tau_t[name] = theta_t[name] - pre
     return theta_t, tau_t
-
-
-def weights_of(module):
-    """{name: tensor} of everything a task vector covers: parameters and floating-point buffers, not copied."""
-    return {name: tensor for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
 
 
 def compile_pays(mode, device, encoder, images):

@@ -12,9 +12,10 @@ import itertools
 import time
 
 import numpy as np
-import torch
 
 import common
+import encoders
+import files
 
 
 def parse_args(argv=None):
@@ -29,18 +30,18 @@ def parse_args(argv=None):
 
 def main(args):
     # ------------------------------------------------------------------ what is to be done
-    folder, sources = common.run_folder(args), dict(common.task_names(args))
+    folder, sources = encoders.run_folder(args), dict(common.task_names(args))
     pairs = choose_pairs(args.pairs, list(sources))
     if args.points % 2 == 0:
-        raise common.Refused(f"--points {args.points} is even: the grid would miss lambda = 0")
-    encoder = common.load_encoder(args)
+        raise files.Refused(f"--points {args.points} is even: the grid would miss lambda = 0")
+    encoder = encoders.load_encoder(args)
     device = common.pick_device(args.device)
     dtype, _ = common.pick_dtype(args.dtype, device)
     vectors = {name: common.load_vector(folder, args.recipe, name, encoder) for name in sorted({name for pair in pairs for name in pair})}
     config = {"encoder": args.encoder, "theta_pre": encoder.theta_pre, "image_size": encoder.size, "recipe": args.recipe,
               "points": args.points, "limit": args.limit, "samples": args.samples, "dtype": str(dtype)[6:], "seed": args.seed}
     path = folder / args.recipe / "disentangle.json"
-    result = common.open_result(path, config, args)
+    result = files.open_result(path, config, args.overwrite, device)
     done = result.setdefault("pairs", {})
     todo = [(a, b) for a, b in pairs if done.get(f"{a}-{b}", {}).get("vectors") != [vectors[a][1]["sha256"], vectors[b][1]["sha256"]]]
     if not todo:
@@ -71,14 +72,14 @@ def main(args):
         seconds = time.perf_counter() - start
         inside = np.abs(lambdas) <= 1
         name = f"{a}-{b}"
-        with common.replacing(folder / args.recipe / "disentangle" / f"{name}.npz") as temporary:
+        with files.replacing(folder / args.recipe / "disentangle" / f"{name}.npz") as temporary:
             with open(temporary, "wb") as file:
                 np.savez(file, xi=xi, lambdas=lambdas)
         done[name] = {"limit": args.limit, "points": args.points, "samples": [len(images[a].rows), len(images[b].rows)],
                       "mean_xi_in_box": float(xi[np.ix_(inside, inside)].mean()), "xi_at_origin": float(xi[args.points // 2, args.points // 2]),
                       "max_xi": float(xi.max()), "seconds": seconds, "vectors": [vectors[a][1]["sha256"], vectors[b][1]["sha256"]]}
         draw(folder / args.recipe / "disentangle" / f"{name}.png", xi, args.limit, a, b, f"{args.encoder}, {args.recipe}")
-        common.write_json(path, result)
+        files.write_json(path, result)
         print(f"disentangle {name}: mean xi in [-1, 1]^2 {done[name]['mean_xi_in_box']:.4f}, at the origin {done[name]['xi_at_origin']:g}, "
               f"n = {done[name]['samples']}, {seconds:.1f} s", flush=True)
 
@@ -86,14 +87,14 @@ def main(args):
 def choose_pairs(text, names):
     """[(A, B)] for --pairs; Refused for an unknown task, a task with itself, or fewer than two tasks."""
     if len(names) < 2:
-        raise common.Refused(f"a pair needs two tasks, --tasks names {', '.join(names)}")
+        raise files.Refused(f"a pair needs two tasks, --tasks names {', '.join(names)}")
     if text in ("all", "first"):
         return list(itertools.combinations(names, 2))[: 1 if text == "first" else None]
     pairs = []
     for word in text.split(","):
         fitting = [(a, b) for a in names for b in names if a != b and word == f"{a}-{b}"]
         if len(fitting) != 1:
-            raise common.Refused(f"--pairs: {word!r} is not A-B with A and B two of {', '.join(names)}")
+            raise files.Refused(f"--pairs: {word!r} is not A-B with A and B two of {', '.join(names)}")
         pairs += fitting
     return pairs
 
@@ -151,4 +152,4 @@ def draw(path, xi, limit, a, b, title):
 
 
 if __name__ == "__main__":
-    common.run(main, parse_args)
+    files.run(main, parse_args)

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import common
+import encoders
+import files
 
 LEARNING_RATES = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
 WEIGHT_DECAY, CLIP_NORM = 0.1, 1.0
@@ -34,18 +36,19 @@ def parse_args(argv=None):
 
 def main(args):
     # ------------------------------------------------------------------ what is to be done
-    folder, sources = common.run_folder(args), dict(common.task_names(args))
-    encoder = common.load_encoder(args)
+    folder, sources = encoders.run_folder(args), dict(common.task_names(args))
+    encoder = encoders.load_encoder(args)
     config = {"encoder": args.encoder, "theta_pre": encoder.theta_pre, "image_size": encoder.size, "recipe": args.recipe,
               "steps": args.steps, "batch_size": args.batch_size, "lr": args.lr or "search", "weight_decay": WEIGHT_DECAY, "seed": args.seed}
-    path = folder / args.recipe / "finetune.json"
-    result = common.open_result(path, config, args)
+    path, device = folder / args.recipe / "finetune.json", common.pick_device(args.device)
+    result = files.open_result(path, config, args.overwrite, device)
     done = result.setdefault("tasks", {})
     if set(sources) <= set(done):
         print(f"finetune: {path} has all {len(sources)} tasks, nothing to do (--overwrite to redo)")
         return
+    for name in sources:
+        files.require(folder / "heads" / f"{name}.safetensors", f"python probe.py {args.encoder}")
     tasks = {name: common.load_task(name, source, encoder, args) for name, source in sources.items()}
-    device = common.pick_device(args.device)
     heads = {name: common.load_head(folder, task, encoder, device) for name, task in tasks.items()}
 
     # ------------------------------------------------------------------ one module to train, one evaluator
@@ -76,7 +79,7 @@ def main(args):
             if best is None or val > best["val"]:
                 best = {"val": val, "lr": lr, "theta_t": theta_t, "cost": cost}
         if best is None:
-            raise common.Refused(f"every learning rate of the search diverged on {search}; give --lr")
+            raise files.Refused(f"every learning rate of the search diverged on {search}; give --lr")
         result["lr"] = best["lr"]
 
     # ------------------------------------------------------------------ one theta_t per task
@@ -86,13 +89,13 @@ def main(args):
         else:
             theta_t, cost = train(forward, module, encoder, tasks[name], heads[name], result["lr"], args)
         if theta_t is None:
-            raise common.Refused(f"task {name}: training diverged at learning rate {result['lr']:g}; "
+            raise files.Refused(f"task {name}: training diverged at learning rate {result['lr']:g}; "
                                  f"finished tasks are kept, a smaller --lr needs --overwrite or another --runs")
-        common.save_tensors(folder / args.recipe / "finetuned" / f"{name}.safetensors", theta_t, theta_pre=encoder.theta_pre,
-                            recipe=args.recipe, task=name, data=tasks[name].fingerprint, head=common.fingerprint(heads[name]))
+        files.save_tensors(folder / args.recipe / "finetuned" / f"{name}.safetensors", theta_t, theta_pre=encoder.theta_pre,
+                            recipe=args.recipe, task=name, data=tasks[name].fingerprint, head=files.fingerprint(heads[name]))
         done[name] = evaluate(evaluator, encoder, theta_t, tasks[name], heads[name], ["val", "test"]) | cost
         result |= {"recipe": args.recipe, "mean_test": common.mean(row["test"] for row in done.values())}
-        common.write_json(path, result)
+        files.write_json(path, result)
         print(f"finetune {name}: validation {done[name]['val']:.4f}, test {done[name]['test']:.4f} (n = {done[name]['n_test']}), "
               f"{cost['seconds']:.1f} s, {cost['images_per_second']:.0f} img/s", flush=True)
     print(f"finetune: mean test accuracy {result['mean_test']:.4f} over {len(done)} tasks, learning rate {result['lr']:g}")
@@ -135,8 +138,8 @@ def train(forward, module, encoder, task, head, lr, args):
     if not finite:                                                         # waits for the device, so the clock is right below
         return None, {}
     seconds = time.perf_counter() - start
-    theta_pre = common.weights_of(encoder.module)
-    theta_t, _ = common.task_vector(theta_pre, {name: tensor.cpu() for name, tensor in common.weights_of(module).items()})
+    theta_pre = encoders.weights_of(encoder.module)
+    theta_t, _ = common.task_vector(theta_pre, {name: tensor.cpu() for name, tensor in encoders.weights_of(module).items()})
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return theta_t, {"final_loss": loss.item(), "trainable_params": sum(p.numel() for p in parameters), "seconds": seconds,
                      "images_per_second": args.steps * args.batch_size / seconds, "peak_memory_bytes": peak}
@@ -144,7 +147,7 @@ def train(forward, module, encoder, task, head, lr, args):
 
 def evaluate(evaluator, encoder, theta_t, task, head, splits):
     """{split: accuracy, hits_split, n_split} of theta_pre + tau_t, the way merge_eval.py will meet it."""
-    _, tau_t = common.task_vector(common.weights_of(encoder.module), theta_t)
+    _, tau_t = common.task_vector(encoders.weights_of(encoder.module), theta_t)
     evaluator.use_vectors([tau_t])
     counted = evaluator.hits([task.splits[split] for split in splits], [head] * len(splits), [(1.0,)])
     row = {}
@@ -155,4 +158,4 @@ def evaluate(evaluator, encoder, theta_t, task, head, splits):
 
 
 if __name__ == "__main__":
-    common.run(main, parse_args)
+    files.run(main, parse_args)

@@ -11,6 +11,8 @@ Source  arXiv:2511.14569 section 2; the cosine matrix follows Ilharco et al., ar
 import torch
 
 import common
+import encoders
+import files
 
 
 def parse_args(argv=None):
@@ -21,18 +23,18 @@ def parse_args(argv=None):
 
 def main(args):
     # ------------------------------------------------------------------ what is to be done
-    folder, names = common.run_folder(args), [name for name, _ in common.task_names(args)]
-    encoder = common.load_encoder(args)
-    theta_pre = common.weights_of(encoder.module)
+    folder, names = encoders.run_folder(args), [name for name, _ in common.task_names(args)]
+    encoder = encoders.load_encoder(args)
+    theta_pre = encoders.weights_of(encoder.module)
     finetune = f"python finetune.py {args.encoder} --recipe {args.recipe}"
 
     # ------------------------------------------------------------------ tau_t, one task at a time
     norm, relative_norm, layers, directions, sources = {}, {}, {}, [], {}
     for name in names:
-        theta_t, about = common.load_tensors(folder / args.recipe / "finetuned" / f"{name}.safetensors", finetune,
+        theta_t, about = files.load_tensors(folder / args.recipe / "finetuned" / f"{name}.safetensors", finetune,
                                              theta_pre=encoder.theta_pre, recipe=args.recipe)
         _, tau_t = common.task_vector(theta_pre, theta_t)
-        common.save_tensors(folder / args.recipe / "vectors" / f"{name}.safetensors", tau_t,
+        files.save_tensors(folder / args.recipe / "vectors" / f"{name}.safetensors", tau_t,
                             **{key: about[key] for key in ("theta_pre", "recipe", "task", "data", "head")})
         norm[name] = length(tau_t)
         relative_norm[name] = norm[name] / length(theta_pre)
@@ -44,9 +46,9 @@ def main(args):
 
     # ------------------------------------------------------------------ results
     config = {"encoder": args.encoder, "theta_pre": encoder.theta_pre, "recipe": args.recipe, "finetuned": sources}
-    result = {"config": config, "machine": common.machine(common.pick_device(args.device)), "tasks": names, "norm": norm,
+    result = {"config": config, "machine": files.machine(common.pick_device(args.device)), "tasks": names, "norm": norm,
               "relative_norm": relative_norm, "relative_norm_per_layer": layers, "cosine": cosine}
-    common.write_json(folder / args.recipe / "vectors.json", result)
+    files.write_json(folder / args.recipe / "vectors.json", result)
     draw(folder / args.recipe / "vectors.png", names, cosine, f"{args.encoder}, {args.recipe}")
 
 
@@ -79,4 +81,4 @@ def draw(path, names, cosine, title):
 
 
 if __name__ == "__main__":
-    common.run(main, parse_args)
+    files.run(main, parse_args)

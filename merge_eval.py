@@ -15,6 +15,8 @@ import numpy as np
 import torch
 
 import common
+import encoders
+import files
 
 
 def parse_args(argv=None):
@@ -27,16 +29,16 @@ def parse_args(argv=None):
 
 def main(args):
     # ------------------------------------------------------------------ what is to be done
-    folder, sources = common.run_folder(args), dict(common.task_names(args))
-    names, path = list(sources), common.run_folder(args) / args.recipe / "merge.json"
-    encoder = common.load_encoder(args)
+    folder, sources = encoders.run_folder(args), dict(common.task_names(args))
+    names, path = list(sources), encoders.run_folder(args) / args.recipe / "merge.json"
+    encoder = encoders.load_encoder(args)
     device = common.pick_device(args.device)
     dtype, _ = common.pick_dtype(args.dtype, device)
     lambdas = [round(float(lam), 10) for lam in np.linspace(0, args.lambda_max, args.lambdas)]
-    finetuned = common.read_json(folder / args.recipe / "finetune.json", f"python finetune.py {args.encoder} --recipe {args.recipe}")
+    finetuned = files.read_json(folder / args.recipe / "finetune.json", f"python finetune.py {args.encoder} --recipe {args.recipe}")
     missing = [name for name in names if name not in finetuned["tasks"]]
     if missing:
-        raise common.Refused(f'{folder / args.recipe / "finetune.json"} lacks {", ".join(missing)}: run "python finetune.py {args.encoder} --recipe {args.recipe} --tasks {",".join(missing)}" first')
+        raise files.Refused(f'{folder / args.recipe / "finetune.json"} lacks {", ".join(missing)}: run "python finetune.py {args.encoder} --recipe {args.recipe} --tasks {",".join(missing)}" first')
 
     # ------------------------------------------------------------------ the sum of the vectors, one file at a time
     total, vectors = None, {}
@@ -46,7 +48,7 @@ def main(args):
         total = tau_t if total is None else {key: total[key].add_(tau_t[key]) for key in total}
     config = {"encoder": args.encoder, "theta_pre": encoder.theta_pre, "image_size": encoder.size, "recipe": args.recipe, "tasks": names,
               "lambdas": lambdas, "dtype": str(dtype)[6:], "vectors": vectors}
-    result = common.open_result(path, config, args)
+    result = files.open_result(path, config, args.overwrite, device)
     if "test" in result:
         print(f"merge_eval: {path} is there, nothing to do (--overwrite to redo)")
         return
@@ -85,11 +87,11 @@ def main(args):
                "single_task": single["test"], "seconds": seconds, "images_per_second": images / seconds}
 
     # ------------------------------------------------------------------ results
-    merged = {key: pre + lambdas[best] * total[key] for key, pre in common.weights_of(encoder.module).items()}
-    common.save_tensors(folder / args.recipe / "merged.safetensors", encoder.module.state_dict() | merged, theta_pre=encoder.theta_pre,
+    merged = {key: pre + lambdas[best] * total[key] for key, pre in encoders.weights_of(encoder.module).items()}
+    files.save_tensors(folder / args.recipe / "merged.safetensors", encoder.module.state_dict() | merged, theta_pre=encoder.theta_pre,
                         recipe=args.recipe, tasks=names, best_lambda=lambdas[best])
     draw(folder / args.recipe / "merge.png", result, f"{args.encoder}, {args.recipe}, {len(names)} tasks")
-    common.write_json(path, result)
+    files.write_json(path, result)
     print(f"merge_eval: {images} images in {seconds:.1f} s, {images / seconds:.0f} img/s (compiling included)")
     for label, row in (("probing (lambda 0)", result["test_lambda0"]), (f"addition (lambda {lambdas[best]:g})", result["test"])):
         print(f"merge_eval: {label}: test absolute {row['absolute']:.4f}, normalized {row['normalized']:.4f}, n = {sum(n['test'].values())}")
@@ -118,4 +120,4 @@ def draw(path, result, title):
 
 
 if __name__ == "__main__":
-    common.run(main, parse_args)
+    files.run(main, parse_args)

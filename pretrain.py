@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import common
+import encoders
+import files
 import tiny
 
 
@@ -29,29 +31,29 @@ def parse_args(argv=None):
 def main(args):
     # ------------------------------------------------------------------ what is to be done
     if args.encoder != "tiny":
-        raise common.Refused(f"only tiny is trained from scratch; {args.encoder} comes from the hub or from --weights FILE")
-    folder, device = common.run_folder(args), common.pick_device(args.device)
-    config = {"encoder": args.encoder, "architecture": common.TINY, "steps": args.pretrain_steps, "batch_size": args.batch_size,
+        raise files.Refused(f"only tiny is trained from scratch; {args.encoder} comes from the hub or from --weights FILE")
+    folder, device = encoders.run_folder(args), common.pick_device(args.device)
+    config = {"encoder": args.encoder, "architecture": encoders.TINY, "steps": args.pretrain_steps, "batch_size": args.batch_size,
               "lr": args.lr, "seed": args.seed}
-    result = common.open_result(folder / "pretrain.json", config, args)
+    result = files.open_result(folder / "pretrain.json", config, args.overwrite, device)
     if "accuracy" in result:
         print(f"pretrain: {folder / 'pretrained.safetensors'} is there, nothing to do (--overwrite to redo)")
         return
-    if args.image_size not in (None, common.TINY["kwargs"]["img_size"]) or args.weights:
-        raise common.Refused("tiny has 32-pixel images and makes its own weights: leave out --image-size and --weights")
+    if args.image_size not in (None, encoders.TINY["kwargs"]["img_size"]) or args.weights:
+        raise files.Refused("tiny has 32-pixel images and makes its own weights: leave out --image-size and --weights")
 
     # ------------------------------------------------------------------ images, module, head
     start = time.perf_counter()
     images, labels = (torch.from_numpy(array).to(device) for array in tiny.draw_pretraining(args.seed))
     drawing_seconds = time.perf_counter() - start
     torch.manual_seed(args.seed)                                           # timm initialises from the global generator
-    module = common.build_architecture(common.TINY).to(device).train()
+    module = encoders.build_architecture(encoders.TINY).to(device).train()
     generator = torch.Generator(device).manual_seed(args.seed)
     held_out = len(labels) // 20
     order = torch.randperm(len(labels), device=device, generator=generator)
     train_rows, test_rows = order[held_out:], order[:held_out]
     head = common.random_head(module.num_features, int(labels.max()) + 1, generator)
-    encoder = common.Encoder("tiny", module, images.shape[-1], (0.5,) * 3, (0.5,) * 3, 1.0, "")
+    encoder = encoders.Encoder("tiny", module, images.shape[-1], (0.5,) * 3, (0.5,) * 3, 1.0, "")
     parameters = [*module.parameters(), *(tensor.requires_grad_() for tensor in head.values())]
 
     # ------------------------------------------------------------------ AdamW, warm-up, cosine to 0
@@ -79,15 +81,15 @@ def main(args):
     with torch.no_grad():
         features = torch.cat([module(common.normalise(images[rows], encoder)) for rows in test_rows.split(256)])
     hits = int((common.predict(features, head) == labels[test_rows]).sum())
-    about = {"encoder": "tiny", "architecture": common.TINY, "size": encoder.size, "mean": encoder.mean, "std": encoder.std, "crop_pct": 1.0}
-    common.save_encoder(folder / "pretrained.safetensors", module, about)
+    about = {"encoder": "tiny", "architecture": encoders.TINY, "size": encoder.size, "mean": encoder.mean, "std": encoder.std, "crop_pct": 1.0}
+    encoders.save_encoder(folder / "pretrained.safetensors", module, about)
     result |= {"accuracy": hits / held_out, "hits": hits, "n": held_out, "classes": len(head["bias"]), "drawing_seconds": drawing_seconds,
                "seconds": seconds, "images_per_second": args.pretrain_steps * args.batch_size / seconds,
                "parameters": sum(parameter.numel() for parameter in module.parameters())}
-    common.write_json(folder / "pretrain.json", result)
+    files.write_json(folder / "pretrain.json", result)
     print(f"pretrain: {result['parameters']} parameters, held-out accuracy {result['accuracy']:.4f} (n = {held_out}, {result['classes']} classes), "
           f"{seconds:.0f} s, {result['images_per_second']:.0f} img/s")
 
 
 if __name__ == "__main__":
-    common.run(main, parse_args)
+    files.run(main, parse_args)

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 
 import common
+import encoders
+import files
 
 LEARNING_RATES = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
 BATCH_SIZE, WEIGHT_DECAY, CLIP_NORM = 128, 0.1, 1.0
@@ -29,11 +31,12 @@ def parse_args(argv=None):
 
 def main(args):
     # ------------------------------------------------------------------ what is to be done
-    folder, sources = common.run_folder(args), dict(common.task_names(args))
-    encoder = common.load_encoder(args)
+    folder, sources = encoders.run_folder(args), dict(common.task_names(args))
+    encoder = encoders.load_encoder(args)
     config = {"encoder": args.encoder, "theta_pre": encoder.theta_pre, "image_size": encoder.size, "steps": args.probe_steps,
               "lr": args.probe_lr or "search", "batch_size": BATCH_SIZE, "weight_decay": WEIGHT_DECAY, "seed": args.seed}
-    result = common.open_result(folder / "probe.json", config, args)
+    device = common.pick_device(args.device)
+    result = files.open_result(folder / "probe.json", config, args.overwrite, device)
     done = result.setdefault("tasks", {})
     if set(sources) <= set(done):
         print(f"probe: {folder / 'probe.json'} has all {len(sources)} tasks, nothing to do (--overwrite to redo)")
@@ -69,11 +72,11 @@ def main(args):
             correct = hits(features, task, head, split)
             done[name] |= {split: correct / n, f"hits_{split}": correct, f"n_{split}": n}
         done[name]["seconds"] = time.perf_counter() - start
-        common.save_tensors(folder / "heads" / f"{name}.safetensors", head, task=name, data=task.fingerprint,
+        files.save_tensors(folder / "heads" / f"{name}.safetensors", head, task=name, data=task.fingerprint,
                             theta_pre=encoder.theta_pre, classes=task.classes)
         result |= {"encoder": args.encoder, "feature_dim": features["val"].shape[1],
                    "mean_test": common.mean(row["test"] for row in done.values())}
-        common.write_json(folder / "probe.json", result)
+        files.write_json(folder / "probe.json", result)
         row = done[name]
         print(f"probe {name}: validation {row['val']:.4f}, test {row['test']:.4f} (n = {row['n_test']}), "
               f"features {feature_seconds:.1f} s, head {row['seconds']:.1f} s", flush=True)
@@ -103,4 +106,4 @@ def hits(features, task, head, split):
 
 
 if __name__ == "__main__":
-    common.run(main, parse_args)
+    files.run(main, parse_args)

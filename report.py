@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 
 import common
+import files
 
 # arXiv:2511.14569 Table 1, percent: probing, single task, addition absolute, addition normalized; then lambda
 PAPER_TABLE_1 = {
@@ -37,31 +38,31 @@ def main(args):
     # ------------------------------------------------------------------ what is there
     merges = {}
     for path in sorted(args.runs.glob("*/aligned/merge.json")):
-        merge = common.read_json(path, "python merge_eval.py ENCODER")
+        merge = files.read_json(path, "python merge_eval.py ENCODER")
         merges[path.parent.parent] = merge
     if not merges:
-        raise common.Refused(f'{args.runs}/*/aligned/merge.json: none found, run "bash run_all.sh" or "python merge_eval.py ENCODER" first')
+        raise files.Refused(f'{args.runs}/*/aligned/merge.json: none found, run "bash run_all.sh" or "python merge_eval.py ENCODER" first')
     out = args.runs / "report"
 
     # ------------------------------------------------------------------ Table 1
     lines = ["# Task addition in closed-vocabulary vision models", "", "## Table 1: probing, single task, task addition (aligned)", "",
              "Test accuracy in percent, mean over tasks; normalized is the mean over tasks of merged / single-task accuracy.", "",
              "| encoder | | tasks | n | probing | single task | addition | normalized | lambda |", "|---|---|---|---|---|---|---|---|---|"]
-    for folder, merge in merges.items():
+    for merge in merges.values():
         name, at_zero, test = merge["config"]["encoder"], merge["test_lambda0"], merge["test"]
         tasks, ours = merge["config"]["tasks"], (at_zero["absolute"], common.mean(merge["single_task"].values()), test["absolute"], test["normalized"])
         lines.append(f"| {name} | ours | {len(tasks)} | {sum(test['n'].values())} | " + " | ".join(f"{100 * value:.1f}" for value in ours) + f" | {merge['best_lambda']:g} |")
         if name in PAPER_TABLE_1:
             *published, lam = PAPER_TABLE_1[name]
-            lines.append(f"| | paper | 8 | | " + " | ".join(f"{value:.1f}" for value in published) + f" | {lam:g} |")
+            lines.append("| | paper | 8 | | " + " | ".join(f"{value:.1f}" for value in published) + f" | {lam:g} |")
             if set(tasks) == set(common.TASKS):
                 lines.append("| | difference | | | " + " | ".join(f"{100 * mine - theirs:+.1f}" for mine, theirs in zip(ours, published)) + f" | {merge['best_lambda'] - lam:+g} |")
 
     # ------------------------------------------------------------------ one section for each encoder
     pictures = []
     for folder, merge in merges.items():
-        probe = common.read_json(folder / "probe.json", f"python probe.py {merge['config']['encoder']}")
-        finetune = common.read_json(folder / "aligned" / "finetune.json", f"python finetune.py {merge['config']['encoder']}")
+        probe = files.read_json(folder / "probe.json", f"python probe.py {merge['config']['encoder']}")
+        finetune = files.read_json(folder / "aligned" / "finetune.json", f"python finetune.py {merge['config']['encoder']}")
         lines += ["", f"## {merge['config']['encoder']}", "", how_obtained(merge, probe, finetune), "",
                   "| task | classes | n | probing | single task | addition | normalized |", "|---|---|---|---|---|---|---|"]
         for task in merge["config"]["tasks"]:
@@ -73,13 +74,13 @@ def main(args):
         lines += [""] + [f"![{path.stem}]({Path(os.path.relpath(path, out)).as_posix().replace(':', '%3A')})" for path in found if path.exists()]
         disentangled = folder / "aligned" / "disentangle.json"
         if disentangled.exists():
-            grids = common.read_json(disentangled, f"python disentangle.py {merge['config']['encoder']}")["pairs"]
+            grids = files.read_json(disentangled, f"python disentangle.py {merge['config']['encoder']}")["pairs"]
             lines += ["", "| pair | grid | images | mean xi in [-1, 1]^2 | xi at the origin | largest xi |", "|---|---|---|---|---|---|"]
             lines += [f"| {pair} | {grid['points']} x {grid['points']} on [-{grid['limit']:g}, {grid['limit']:g}] | {' + '.join(map(str, grid['samples']))} | "
                       f"{grid['mean_xi_in_box']:.3f} | {grid['xi_at_origin']:g} | {grid['max_xi']:.2f} |" for pair, grid in grids.items()]
 
     # ------------------------------------------------------------------ results
-    with common.replacing(out / "report.md") as temporary:
+    with files.replacing(out / "report.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n")
     print("\n".join(lines[4:8 + sum(3 for _ in merges)]))
     for path in [*pictures, out / "report.md"]:
@@ -97,4 +98,4 @@ def how_obtained(merge, probe, finetune):
 
 
 if __name__ == "__main__":
-    common.run(main, parse_args)
+    files.run(main, parse_args)

@@ -12,9 +12,10 @@ encoder=tiny
 if [ $# -gt 0 ] && [[ $1 != -* ]]; then encoder=$1; shift; fi
 
 # every stage takes the shared flags; the rest go to the stage they belong to
-shared=() report=() probe=() finetune=() merge=() disentangle=()
+shared=() report=() pretrain=() probe=() finetune=() merge=() disentangle=()
 while [ $# -gt 0 ]; do
   case $1 in
+    --pretrain-steps) pretrain+=("$1" "${2-}"); shift ;;
     --probe-steps | --probe-lr) probe+=("$1" "${2-}"); shift ;;
     --steps | --lr | --batch-size) finetune+=("$1" "${2-}"); shift ;;
     --lambdas | --lambda-max) merge+=("$1" "${2-}"); shift ;;
@@ -28,7 +29,7 @@ done
 if [ "$encoder" = tiny ]; then  # sized for two CPU cores; anything given on the command line comes later and wins
   finetune=(--steps 250 --batch-size 64 --lr 1e-3 ${finetune[@]+"${finetune[@]}"})
   disentangle=(--points 13 --samples 256 ${disentangle[@]+"${disentangle[@]}"})
-  python pretrain.py tiny ${shared[@]+"${shared[@]}"}
+  python pretrain.py tiny ${shared[@]+"${shared[@]}"} ${pretrain[@]+"${pretrain[@]}"}
 fi
 python probe.py "$encoder" ${shared[@]+"${shared[@]}"} ${probe[@]+"${probe[@]}"}
 python finetune.py "$encoder" ${shared[@]+"${shared[@]}"} ${finetune[@]+"${finetune[@]}"}

@@ -92,9 +92,10 @@ def figure_corners(name):
     if name == "heart":
         x, y = 16 * np.sin(t) ** 3, 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
         return np.stack([x, -y - 2], -1) / 16
-    if name == "crescent":
-        outer, inner = radial(np.ones(32))[:25], radial(np.full(32, .75))[:25] + (.4 * np.sin(.75 * np.pi * 1), .3)
-        return np.concatenate([outer, inner[::-1]])
+    if name == "crescent":                                                 # one circle without a shifted, smaller one
+        outer, inner = np.linspace(.6, 2 * np.pi - .6, 24), np.linspace(2 * np.pi - .92, .92, 24)
+        return np.concatenate([np.stack([np.cos(outer), np.sin(outer)], -1),
+                               np.stack([.26 + .71 * np.cos(inner), .71 * np.sin(inner)], -1)])
     return {"circle": radial(np.ones(32)), "triangle": radial(np.ones(3)), "square": radial(np.ones(4), np.pi / 4),
             "diamond": radial(np.ones(4)), "pentagon": radial(np.ones(5)), "hexagon": radial(np.ones(6)),
             "octagon": radial(np.ones(8), np.pi / 8), "star": radial([1, .42] * 5),
@@ -199,8 +200,8 @@ def draw_glyphs(rng, labels):
 def draw_numbers(rng, labels):
     n = len(labels)
     fields = np.stack([stroke_field(s) for s in DIGIT_STROKES])
-    paper, pen = two_colours(rng, n, .25)
-    images = backdrop(rng, paper, .08)
+    paper, pen = two_colours(rng, n, .3, swapped=.1)
+    images = backdrop(rng, paper, .05)
     size, width, tilt = uniform(rng, .5, .75, n), uniform(rng, 1, 2, n), uniform(rng, -.2, .2, n)
     centre = uniform(rng, -.12, .12, n, 2)
     for side in (-1, 1, 0):
@@ -208,23 +209,23 @@ def draw_numbers(rng, labels):
         step = side * size * uniform(rng, 1.45, 1.7, n)
         at = centre + np.stack([step * np.cos(tilt), step * np.sin(tilt)], 1)
         paint(images, ink(place(rng, fields, which, at, size, tilt, warp=.06), width), pen)
-    return finish(rng, images, .12)
+    return finish(rng, images, .08)
 
 
 def draw_signs(rng, labels):
     n = len(labels)
     outlines = np.stack([polygon_field(figure_corners(name)) for name in OUTLINES])
     pictograms = np.stack([stroke_field(s) for s in PICTOGRAMS.values()])
-    images = backdrop(rng, rng.random((n, 3), dtype=np.float32), .15)
-    plate, pen = two_colours(rng, n, .3)
-    rim = rng.random((n, 3), dtype=np.float32)
+    pen, plate = two_colours(rng, n, .4)
+    images = backdrop(rng, uniform(rng, .1, .5, n, 3), .08)
+    rim = pen + uniform(rng, -.1, .3, n, 3)
     centre, size, angle = uniform(rng, -.2, .2, n, 2), uniform(rng, .55, .9, n), uniform(rng, -.3, .3, n)
     distance = place(rng, outlines, labels // len(PICTOGRAMS), centre, size, angle, warp=.03)
     paint(images, ink(distance), rim)
     paint(images, ink(distance, -uniform(rng, 1, 2.5, n)), plate)
     distance = place(rng, pictograms, labels % len(PICTOGRAMS), centre + uniform(rng, -.06, .06, n, 2), size * .45, angle, warp=.05)
     paint(images, ink(distance, uniform(rng, .5, 1.3, n)), pen)
-    return finish(rng, images, .12)
+    return finish(rng, images, .08)
 
 
 def draw_textures(rng, labels):
@@ -243,28 +244,28 @@ def draw_textures(rng, labels):
              "bricks": 8 * brick - 1.2, "marble": 3 * np.abs(smooth_noise(rng, n, 5)) - 1.2,
              "speckles": smooth_noise(rng, n, 16)}
     value = np.stack([value[name] for name in TASKS["textures"]])[labels, np.arange(n)]        # (N, 32, 32)
-    first, second = two_colours(rng, n, .2)
+    first, second = two_colours(rng, n, .3, swapped=.2)
     images = backdrop(rng, first, .1)
     paint(images, np.clip(.5 + uniform(rng, .5, 1.5, n, 1, 1) * value, 0, 1), second)
-    return finish(rng, images, .15)
+    return finish(rng, images, .08)
 
 
 def draw_shapes(rng, labels):
     n = len(labels)
     fields = np.stack([polygon_field(figure_corners(name)) for name in FIGURES])
-    ground, fill = two_colours(rng, n, .25)
-    images = backdrop(rng, ground, .12)
+    ground, fill = two_colours(rng, n, .3, swapped=.1)
+    images = backdrop(rng, ground, .06)
     size = uniform(rng, .35, .75, n, 1) * uniform(rng, .85, 1.15, n, 2)
     distance = place(rng, fields, labels, uniform(rng, -.3, .3, n, 2), size, uniform(rng, -np.pi, np.pi, n), warp=.03)
     paint(images, ink(distance), fill)
-    return finish(rng, images, .12)
+    return finish(rng, images, .08)
 
 
 def draw_counts(rng, labels):
     n = len(labels)
     fields = np.stack([polygon_field(figure_corners(name)) for name in FIGURES[:5]])
-    ground, fill = two_colours(rng, n, .3)
-    images = backdrop(rng, ground, .08)
+    ground, fill = two_colours(rng, n, .4)
+    images = backdrop(rng, ground, .05)
     cell = np.argsort(rng.random((n, 16)), 1)                              # distinct cells of a 4 x 4 board
     kind, size = rng.integers(0, len(fields), n), uniform(rng, .15, .24, n)
     for k in range(len(TASKS["counts"])):
@@ -275,7 +276,7 @@ def draw_counts(rng, labels):
         distance = place(rng, fields, kind[rows], centre, size[rows], uniform(rng, -np.pi, np.pi, m))
         paint(part, ink(distance), fill[rows] + uniform(rng, -.1, .1, m, 3))
         images[rows] = part
-    return finish(rng, images, .12)
+    return finish(rng, images, .08)
 
 
 def draw_ground(rng, labels):
@@ -338,7 +339,7 @@ def draw_task(name, split, seed=0):
 
 # ---------------------------------------------------------------- pre-training: other pictures, other classes
 
-DOODLES, BLOBS, FRACTALS, CLOUDS = 64, 32, 32, 32                          # classes of each kind
+DOODLES, BLOBS, FRACTALS, CLOUDS = 48, 16, 16, 16                          # classes of each kind
 
 
 def doodle_field(rng):
@@ -374,7 +375,7 @@ def fractal_points(rng, points=1024):
 def draw_pretraining(seed=0):
     """The pre-training set: scribbles, blobs, fractals and colour noise, each class one random specimen in random poses.
 
-    Returns  images (24000, 3, 32, 32) uint8 and labels (24000,) int64 in [0, 160), balanced, in random order
+    Returns  images (24000, 3, 32, 32) uint8 and labels (24000,) int64 in [0, 96), balanced, in random order
     """
     rng = np.random.default_rng([seed, len(TASKS), 0])
     doodles = np.stack([doodle_field(rng) for _ in range(DOODLES)])

@@ -1,0 +1,157 @@
+"""
+Refusals, and files that are whole: safetensors with their own checksum, JSON results that remember their settings.
+
+    from files import Refused, load_tensors, open_result, save_tensors, write_json
+"""
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+class Refused(Exception):
+    """A user's mistake, or a file that cannot be trusted. Ends the stage in one line and exit code 2."""
+
+
+def run(main, parse_args):
+    """Run a stage from the command line: a refusal is one line on stderr and exit code 2, a bug keeps its traceback."""
+    try:
+        main(parse_args())
+    except Refused as refusal:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(refusal).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a temporary name beside `path` for a file or folder; rename it to `path` when whole, remove it on failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        for file in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)
+
+
+def fingerprint(tensors):
+    """SHA-256 (hex) over names, dtypes, shapes and bytes of a dict of tensors, in name order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def save_tensors(path, tensors, **metadata):
+    """Write a dict of tensors as safetensors, whole or not at all; metadata is JSON, with the contents' SHA-256 added."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {key: json.dumps(value) for key, value in (metadata | {"sha256": fingerprint(tensors)}).items()}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def require(path, made_by):
+    """Refused, naming the command that writes `path`, if it is not there."""
+    if not path.exists():
+        raise Refused(f'{path} is missing: run "{made_by}" first')
+
+
+def load_tensors(path, made_by, **expected):
+    """Read back what save_tensors wrote.
+
+    made_by   the command that writes the file, named when it is missing
+    expected  metadata that has to match, e.g. theta_pre=FINGERPRINT
+    Returns   (dict of CPU tensors, dict of metadata)
+    Errors    Refused: missing, cut, altered (SHA-256), or with other metadata
+    """
+    require(path, made_by)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise Refused(f'{path} cannot be read ({error}): delete it and run "{made_by}" again') from error
+    if metadata.get("sha256") != fingerprint(tensors):
+        raise Refused(f'{path} does not match its own checksum: delete it and run "{made_by}" again')
+    for key, value in expected.items():
+        if metadata.get(key) != value:
+            raise Refused(f'{path} was made with {key} {short(metadata.get(key))}, but {short(value)} is in use: '
+                          f'delete it and run "{made_by}" again, or use another --runs')
+    return tensors, metadata
+
+
+def short(value):
+    """A value for an error message; fingerprints cut to twelve digits."""
+    return value[:12] if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) else repr(value)
+
+
+def write_json(path, result):
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path, made_by):
+    """A result of an earlier stage. Refused if it is missing or not JSON."""
+    require(path, made_by)
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise Refused(f'{path} is not valid JSON ({error}): delete it and run "{made_by}" again') from error
+
+
+def open_result(path, config, overwrite, device):
+    """The result of an earlier run with the same settings, to be continued, or a new one.
+
+    config   dict of every setting that changes the numbers (JSON values)
+    Returns  dict with "config" and "machine", ready for the stage's own keys
+    Errors   Refused if `path` holds a result of other settings; they are named
+    """
+    config = json.loads(json.dumps(config))
+    result = {} if overwrite or not path.exists() else read_json(path, "the same command")
+    differ = [f"{key} {short(result['config'].get(key))} there, {short(value)} asked"
+              for key, value in config.items() if result and result["config"].get(key) != value]
+    if differ:
+        raise Refused(f"{path} holds a result of other settings ({'; '.join(differ)}): "
+                      f"give --overwrite to replace it or another --runs to keep both")
+    return result | {"config": config, "machine": machine(device)}
+
+
+def machine(device):
+    """Where a number was made: device, threads, library versions, date (UTC)."""
+    import timm
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {cpu_name()}"
+    return {"device": name, "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
+            "timm": timm.__version__, "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat()}
+
+
+def go_offline_if_unreachable():
+    """Spare the hub's clients half a minute of retries where there is no hub; what they have cached still loads."""
+    import huggingface_hub
+    try:
+        huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+    except Exception:  # another HTTP library, with other error types, in every major version of huggingface_hub
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+def cpu_name():
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return names[0].strip() if names else platform.processor()
