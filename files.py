@@ -144,11 +144,11 @@ def machine(device):
 
 def go_offline_if_unreachable():
     """Spare the hub's clients half a minute of retries where there is no hub; what they have cached still loads."""
-    import huggingface_hub
+    from huggingface_hub import constants, utils
     try:
-        huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+        utils.get_session().head(constants.ENDPOINT, timeout=5)
     except Exception:  # another HTTP library, with other error types, in every major version of huggingface_hub
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        constants.HF_HUB_OFFLINE = True
 
 
 def cpu_name():

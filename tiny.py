@@ -192,7 +192,7 @@ def draw_glyphs(rng, labels):
     n = len(labels)
     fields = np.stack([stroke_field(s) for s in DIGIT_STROKES])
     size = uniform(rng, .45, .8, n, 1) * uniform(rng, .8, 1.2, n, 2)
-    distance = place(rng, fields, labels, uniform(rng, -.2, .2, n, 2), size, uniform(rng, -.45, .45, n), warp=.13)
+    distance = place(rng, fields, labels, uniform(rng, -.15, .15, n, 2), size, uniform(rng, -.35, .35, n), warp=.11)
     images = np.repeat(ink(distance, uniform(rng, .4, 2, n))[:, None], 3, 1)
     return (images * 255 + .5).astype(np.uint8)
 
@@ -219,19 +219,19 @@ def draw_signs(rng, labels):
     pen, plate = two_colours(rng, n, .4)
     images = backdrop(rng, uniform(rng, .1, .5, n, 3), .08)
     rim = pen + uniform(rng, -.1, .3, n, 3)
-    centre, size, angle = uniform(rng, -.2, .2, n, 2), uniform(rng, .55, .9, n), uniform(rng, -.3, .3, n)
+    centre, size, angle = uniform(rng, -.1, .1, n, 2), uniform(rng, .7, .9, n), uniform(rng, -.15, .15, n)
     distance = place(rng, outlines, labels // len(PICTOGRAMS), centre, size, angle, warp=.03)
     paint(images, ink(distance), rim)
     paint(images, ink(distance, -uniform(rng, 1, 2.5, n)), plate)
-    distance = place(rng, pictograms, labels % len(PICTOGRAMS), centre + uniform(rng, -.06, .06, n, 2), size * .45, angle, warp=.05)
-    paint(images, ink(distance, uniform(rng, .5, 1.3, n)), pen)
+    distance = place(rng, pictograms, labels % len(PICTOGRAMS), centre, size * .5, angle, warp=.05)
+    paint(images, ink(distance, uniform(rng, .8, 1.5, n)), pen)
     return finish(rng, images, .08)
 
 
 def draw_textures(rng, labels):
     n = len(labels)
-    angle, period = uniform(rng, 0, 2 * np.pi, n, 1, 1), uniform(rng, .25, .6, n, 1, 1)
-    bend = .12 * smooth_noise(rng, n, 2)
+    angle, period = uniform(rng, -.4, .4, n, 1, 1), uniform(rng, .3, .55, n, 1, 1)
+    bend = .08 * smooth_noise(rng, n, 2)
     u = (np.cos(angle) * X + np.sin(angle) * Y) / period + uniform(rng, 0, 1, n, 1, 1) + bend
     v = (np.cos(angle) * Y - np.sin(angle) * X) / period + uniform(rng, 0, 1, n, 1, 1) + bend
     wave = lambda t: np.sin(2 * np.pi * t)
@@ -255,8 +255,8 @@ def draw_shapes(rng, labels):
     fields = np.stack([polygon_field(figure_corners(name)) for name in FIGURES])
     ground, fill = two_colours(rng, n, .3, swapped=.1)
     images = backdrop(rng, ground, .06)
-    size = uniform(rng, .35, .75, n, 1) * uniform(rng, .85, 1.15, n, 2)
-    distance = place(rng, fields, labels, uniform(rng, -.3, .3, n, 2), size, uniform(rng, -np.pi, np.pi, n), warp=.03)
+    size = uniform(rng, .5, .8, n, 1) * uniform(rng, .9, 1.1, n, 2)
+    distance = place(rng, fields, labels, uniform(rng, -.2, .2, n, 2), size, uniform(rng, -.4, .4, n), warp=.03)
     paint(images, ink(distance), fill)
     return finish(rng, images, .08)
 
@@ -302,12 +302,12 @@ def draw_ground(rng, labels):
             "dunes": (np.clip(.5 * np.sin(6 * u + 2 * bend), 0, 1), .7 * sand)}
     names = TASKS["ground"]
     base = np.stack([under.get(name, green) for name in names])[labels]
-    mix = uniform(rng, 0, .5, n, 1)                                        # season: some ground greener, some drier
+    mix = uniform(rng, 0, .3, n, 1)                                        # season: some ground greener, some drier
     images = backdrop(rng, base * (1 - mix) + np.stack([green, earth, sand])[rng.integers(0, 3, n)] * mix, .04)
     images += .05 * fine[:, None]
     coverage = np.stack([over[name][0] for name in names])[labels, np.arange(n)]
     paint(images, coverage, np.stack([over[name][1] for name in names])[labels] + uniform(rng, -.12, .12, n, 3))
-    images = images * uniform(rng, .6, 1.3, n, 3, 1, 1)                    # haze and colour cast
+    images = images * uniform(rng, .8, 1.2, n, 3, 1, 1)                    # haze and colour cast
     return finish(rng, images, .1)
 
 
@@ -316,8 +316,8 @@ def draw_letters(rng, labels):
     fields = np.stack([stroke_field(s) for s in LETTER_STROKES])
     paper = uniform(rng, .65, 1, n, 3)
     images = backdrop(rng, paper, .05)
-    size = uniform(rng, .5, .8, n, 1) * uniform(rng, .8, 1.2, n, 2)
-    distance = place(rng, fields, labels, uniform(rng, -.2, .2, n, 2), size, uniform(rng, -.3, .3, n), warp=.08)
+    size = uniform(rng, .6, .8, n, 1) * uniform(rng, .85, 1.15, n, 2)
+    distance = place(rng, fields, labels, uniform(rng, -.15, .15, n, 2), size, uniform(rng, -.2, .2, n), warp=.06)
     paint(images, ink(distance, uniform(rng, .6, 1.8, n)), uniform(rng, 0, .45, n, 3))
     return finish(rng, images, .1)
 

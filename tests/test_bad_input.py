@@ -1,0 +1,255 @@
+"""Wrong input ends in exit code 2 and one line that names it, leaves nothing half-written, and keeps what was computed."""
+import importlib
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SMALL, TASKS, stage
+
+TIMM = "timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+
+
+def snapshot(folder):
+    """{file: (size, mtime)} of everything below, temporary files too."""
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def refuse(name, *words):
+    """Call a stage's main in this process; returns the refusal's text. Any other exception, or none, fails the test."""
+    from files import Refused
+    module = importlib.import_module(name)
+    with pytest.raises(Refused) as refusal:
+        module.main(module.parse_args([str(word) for word in words]))
+    assert "\n" not in " ".join(str(refusal.value).split())
+    return str(refusal.value)
+
+
+@pytest.fixture
+def copy(study, tmp_path):
+    """A private copy of the finished study."""
+    return Path(shutil.copytree(study, tmp_path / "runs"))
+
+
+def image_folder(folder, n_train=12, n_test=10, size=(20, 24), classes=("cat", "dog")):
+    """A small data set of PNG files, train/CLASS/*.png and test/CLASS/*.png."""
+    from PIL import Image
+    rng = np.random.default_rng(0)
+    for split, n in (("train", n_train), ("test", n_test)):
+        for index in range(n):
+            path = folder / split / classes[index % len(classes)] / f"{index:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+def test_the_command_line_says_it_in_one_line_with_exit_code_2(tmp_path):
+    finished = stage(sys.executable, "probe.py", "vit_b16_dyno", "--runs", tmp_path / "runs")
+    assert finished.returncode == 2 and finished.stdout == ""
+    assert finished.stderr.count("\n") == 1 and "vit_b16_dino" in finished.stderr and "vit_b16_dyno" in finished.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("words, said", [
+    (["vit_b16_dyno"], "did you mean vit_b16_dino"),
+    (["timm:vit_tiny_patch16_225"], "vit_tiny_patch16_224"),
+    (["open_clip:ViT-B-61/laion2b_s34b_b88k"], "ViT-B-16"),
+    (["timm:../../x"], "unknown encoder"),
+    ([TIMM, "--weights", "nowhere.safetensors"], "nowhere.safetensors cannot be read"),
+    (["tiny"], 'run "python pretrain.py tiny" first'),
+])
+def test_encoders_that_cannot_be_had(tmp_path, words, said):
+    assert said in refuse("probe", *words, "--runs", tmp_path / "runs", "--tasks", "glyphs")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("tasks, said", [
+    ("glyph", "did you mean glyphs"),
+    ("glyphs,glyphs", "names a task twice"),
+    ("../x", "no task name"),
+    ("pets=/no/such/folder", "/no/such/folder is not a folder"),
+    ("", "no task name"),
+])
+def test_unknown_tasks(study, tasks, said):
+    before = snapshot(study)
+    assert said in refuse("probe", "tiny", "--runs", study, "--tasks", tasks or ",")
+    assert snapshot(study) == before
+
+
+def break_nothing(folder):
+    image_folder(folder)
+    shutil.rmtree(folder / "test")
+
+
+def break_image(folder):
+    image_folder(folder)
+    path = sorted((folder / "train").rglob("*.png"))[7]
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def break_parquet(folder):
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "train-00000-of-00001.parquet").write_bytes(b"PAR1 but then nothing")
+
+
+@pytest.mark.parametrize("make, said", [
+    (lambda folder: folder.mkdir(), "does not load as a data set"),
+    (lambda folder: (folder.mkdir(), (folder / "notes.txt").write_text("hello")), "train and test are needed"),
+    (break_nothing, "train and test are needed"),
+    (break_image, "image 7 of split train cannot be decoded"),
+    (break_parquet, "does not load as a data set"),
+    (lambda folder: image_folder(folder, n_test=3), "at least 10 are needed"),
+])
+def test_folders_that_are_no_good_data_set(copy, tmp_path, make, said):
+    make(tmp_path / "pets")
+    before = snapshot(copy)
+    message = refuse("probe", "tiny", "--runs", copy, "--tasks", f"pets={tmp_path / 'pets'}")
+    assert said in message and "pets" in message
+    assert snapshot(copy) == before
+
+
+def test_a_registered_task_with_other_counts_is_refused(copy, tmp_path):
+    image_folder(tmp_path / "data" / "dtd")
+    message = refuse("probe", "tiny", "--runs", copy, "--data", tmp_path / "data", "--tasks", "dtd")
+    assert "12 train and 10 test images in 2 classes" in message and "3760 and 1880 in 47" in message
+
+
+def test_labels_out_of_range_and_missing_are_refused(copy, tmp_path):
+    import datasets
+    from PIL import Image
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(buffer, "PNG")
+    for labels, said in (([0, 1, -1] * 4, "labels -1 to 1"), ([0, 1, None] * 4, "not all whole numbers"), ([0.5, 1.0, 2.0] * 4, "not all whole numbers")):
+        folder = tmp_path / f"set{said[:9].strip()}{len(str(labels))}"
+        for split in ("train", "test"):
+            rows = datasets.Dataset.from_dict({"image": [{"bytes": buffer.getvalue(), "path": None}] * 12, "label": labels})
+            rows.cast_column("image", datasets.Image()).to_parquet(folder / f"{split}.parquet")
+        assert said in refuse("probe", "tiny", "--runs", copy, "--tasks", f"odd={folder}")
+
+
+@pytest.mark.parametrize("content, said", [
+    (b"<html><body>404 Not Found</body></html>", "is no checkpoint of"),
+    (b"", "is no checkpoint of"),
+])
+def test_files_that_are_no_checkpoint(tmp_path, content, said):
+    (tmp_path / "weights.safetensors").write_bytes(content)
+    assert said in refuse("probe", TIMM, "--weights", tmp_path / "weights.safetensors", "--runs", tmp_path / "runs", "--tasks", "glyphs")
+    assert not (tmp_path / "runs").exists() or not snapshot(tmp_path / "runs")
+
+
+def test_a_checkpoint_of_another_architecture_missing_keys_or_with_nan_is_refused(tmp_path):
+    import timm
+    import torch
+    from safetensors.torch import save_file
+    good = timm.create_model("vit_tiny_patch16_224").state_dict()
+    cases = {
+        "other": (timm.create_model("vit_tiny_patch16_224", embed_dim=96, num_heads=3).state_dict(), "size mismatch"),
+        "missing": ({key: tensor for key, tensor in good.items() if key != "norm.weight"}, "norm.weight"),
+        "extra": (good | {"surprise": torch.zeros(3)}, "surprise"),
+        "nan": (good | {"norm.bias": good["norm.bias"] * float("nan")}, "not finite"),
+    }
+    for name, (state, said) in cases.items():
+        save_file(state, tmp_path / f"{name}.safetensors")
+        assert said in refuse("probe", TIMM, "--weights", tmp_path / f"{name}.safetensors", "--runs", tmp_path / "runs", "--tasks", "glyphs")
+    assert not (tmp_path / "runs").exists() or not snapshot(tmp_path / "runs")
+
+
+STAGES = {
+    "probe": ["--probe-steps", "300"], "finetune": ["--steps", "20", "--batch-size", "32", "--lr", "1e-3"], "make_vectors": [], "merge_eval": [],
+    "disentangle": ["--points", "5", "--samples", "100"],
+}
+
+
+@pytest.mark.parametrize("name, gone, said", [
+    ("probe", "tiny/pretrained.safetensors", "pretrain.py tiny"),
+    ("finetune", "tiny/heads/signs.safetensors", "python probe.py tiny"),
+    ("make_vectors", "tiny/aligned/finetuned/signs.safetensors", "python finetune.py tiny"),
+    ("merge_eval", "tiny/aligned/vectors/signs.safetensors", "python make_vectors.py tiny"),
+    ("merge_eval", "tiny/aligned/finetune.json", "python finetune.py tiny"),
+    ("disentangle", "tiny/aligned/vectors/signs.safetensors", "python make_vectors.py tiny"),
+])
+def test_a_missing_earlier_stage_is_named(copy, name, gone, said):
+    (copy / gone).unlink()
+    for result in ("finetune.json", "merge.json"):  # so that the stage has work to do
+        if name != "merge_eval" or result != "finetune.json":
+            (copy / "tiny/aligned" / result).unlink(missing_ok=True)
+    before = snapshot(copy)
+    message = refuse(name, "tiny", "--runs", copy, "--tasks", ",".join(TASKS), *STAGES[name])
+    assert said in message and Path(gone).name in message
+    assert snapshot(copy) == before
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip"])
+@pytest.mark.parametrize("name, file", [
+    ("probe", "tiny/pretrained.safetensors"), ("finetune", "tiny/heads/signs.safetensors"), ("make_vectors", "tiny/aligned/finetuned/signs.safetensors"),
+    ("merge_eval", "tiny/aligned/vectors/signs.safetensors"), ("merge_eval", "tiny/features/signs.safetensors"),
+])
+def test_a_cut_or_altered_file_is_refused_by_name(copy, name, file, damage):
+    content = bytearray((copy / file).read_bytes())
+    if damage == "cut":
+        content = content[:len(content) // 2]
+    else:
+        content[-10] ^= 1
+    (copy / file).write_bytes(content)
+    for result in ("aligned/finetune.json", "aligned/merge.json", "probe.json"):
+        if not (name == "merge_eval" and "finetune" in result):
+            (copy / "tiny" / result).unlink()
+    before = snapshot(copy)
+    assert file in refuse(name, "tiny", "--runs", copy, "--tasks", ",".join(TASKS), *STAGES[name])
+    assert snapshot(copy) == before
+
+
+def test_a_cut_image_cache_is_refused_by_name(copy):
+    images = next((copy / "images").glob("signs-*")) / "test_images.npy"
+    images.write_bytes(images.read_bytes()[:5000])
+    assert images.parent.name in refuse("merge_eval", "tiny", "--runs", copy, "--tasks", ",".join(TASKS), "--overwrite")
+
+
+def test_heads_features_and_vectors_of_another_encoder_are_refused_by_name(copy, tmp_path):
+    """A second tiny, from another seed, meets the first one's files."""
+    import pretrain
+    pretrain.main(pretrain.parse_args(["tiny", "--runs", str(tmp_path / "other"), "--pretrain-steps", "2", "--seed", "5"]))
+    shutil.copy(tmp_path / "other/tiny/pretrained.safetensors", copy / "tiny/pretrained.safetensors")
+    for name, file in (("finetune", "heads/glyphs"), ("make_vectors", "finetuned/glyphs"), ("merge_eval", "vectors/glyphs")):
+        (copy / "tiny/aligned/merge.json").unlink(missing_ok=True)
+        message = refuse(name, "tiny", "--runs", copy, "--tasks", ",".join(TASKS), *STAGES[name], *(["--overwrite"] if name == "finetune" else []))
+        assert file in message and "theta_pre" in message
+    message = refuse("probe", "tiny", "--runs", copy, "--tasks", ",".join(TASKS), "--overwrite", "--probe-steps", "300")
+    assert "features/glyphs" in message and "theta_pre" in message
+
+
+def test_other_settings_are_refused_by_name_and_overwrite_allows_them(copy):
+    before = snapshot(copy)
+    assert "steps 300 there, 10 asked" in refuse("probe", "tiny", "--runs", copy, "--tasks", ",".join(TASKS), "--probe-steps", "10")
+    assert "seed 0 there, 1 asked" in refuse("probe", "tiny", "--runs", copy, "--tasks", ",".join(TASKS), "--probe-steps", "300", "--seed", "1")
+    assert "image" in refuse("probe", "tiny", "--runs", copy, "--tasks", ",".join(TASKS), "--image-size", "64")
+    assert snapshot(copy) == before
+    import probe
+    probe.main(probe.parse_args(["tiny", "--runs", str(copy), "--tasks", "glyphs", "--probe-steps", "10", "--overwrite"]))
+    assert json.loads((copy / "tiny/probe.json").read_text())["config"]["steps"] == 10
+
+
+def test_a_vector_trained_against_another_head_is_refused(copy):
+    import probe
+    probe.main(probe.parse_args(["tiny", "--runs", str(copy), "--tasks", ",".join(TASKS), "--probe-steps", "7", "--overwrite"]))
+    (copy / "tiny/aligned/merge.json").unlink()
+    assert "another head" in refuse("merge_eval", "tiny", "--runs", copy, "--tasks", ",".join(TASKS))
+
+
+def test_disentangle_refuses_odd_requests(study):
+    runs = ["tiny", "--runs", study, "--tasks"]
+    assert "two tasks" in refuse("disentangle", *runs, "glyphs")
+    assert "even" in refuse("disentangle", *runs, "glyphs,signs", "--points", "4")
+    assert "'glyphs-letters'" in refuse("disentangle", *runs, "glyphs,signs", "--pairs", "glyphs-letters")
+
+
+def test_a_finished_study_run_again_does_nothing(study):
+    kept = {path: stat for path, stat in snapshot(study).items() if "report" not in path.parts and "vectors" not in str(path)}
+    finished = stage("bash", "run_all.sh", "tiny", "--runs", study, *SMALL)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("nothing to do") == 5
+    now = snapshot(study)
+    assert {path: now[path] for path in kept} == kept
