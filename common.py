@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import tiny
 from encoders import ENCODERS, weights_of
-from files import Refused, fingerprint, go_offline_if_unreachable, load_tensors, replacing, save_tensors
+from files import Refused, file_metadata, fingerprint, go_offline_if_unreachable, load_tensors, replacing, save_tensors
 
 # ---------------------------------------------------------------------------------------------- flags and devices
 
@@ -421,6 +421,14 @@ def load_head(folder, task, encoder, device):
     head, _ = load_tensors(folder / "heads" / f"{task.name}.safetensors", f"python probe.py {encoder.name}",
                            theta_pre=encoder.theta_pre, data=task.fingerprint)
     return {name: tensor.to(device) for name, tensor in head.items()}
+
+
+def save_vector(folder, recipe, task, vector, about):
+    """Write tau_t with the metadata of its theta_t's file, unless this very vector is there already."""
+    path = folder / recipe / "vectors" / f"{task}.safetensors"
+    if not (path.exists() and file_metadata(path, "the same command").get("finetuned") == about["sha256"]):
+        kept = {key: about[key] for key in ("theta_pre", "recipe", "task", "data", "head")}
+        save_tensors(path, vector, **kept, finetuned=about["sha256"])
 
 
 def load_vector(folder, recipe, task, encoder):

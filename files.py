@@ -68,6 +68,22 @@ def save_tensors(path, tensors, **metadata):
         save_file(tensors, temporary, metadata)
 
 
+@contextlib.contextmanager
+def opened(path, made_by):
+    """An open safetensors file; Refused if it is cut or no such file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise Refused(f'{path} cannot be read ({error}): delete it and run "{made_by}" again') from error
+
+
+def file_metadata(path, made_by):
+    """The metadata of a file of save_tensors, its tensors unread and unchecked."""
+    with opened(path, made_by) as file:
+        return {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+
+
 def require(path, made_by):
     """Refused, naming the command that writes `path`, if it is not there."""
     if not path.exists():
@@ -83,12 +99,9 @@ def load_tensors(path, made_by, **expected):
     Errors    Refused: missing, cut, altered (SHA-256), or with other metadata
     """
     require(path, made_by)
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise Refused(f'{path} cannot be read ({error}): delete it and run "{made_by}" again') from error
+    metadata = file_metadata(path, made_by)
+    with opened(path, made_by) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     if metadata.get("sha256") != fingerprint(tensors):
         raise Refused(f'{path} does not match its own checksum: delete it and run "{made_by}" again')
     for key, value in expected.items():

@@ -24,18 +24,19 @@ def parse_args(argv=None):
 def main(args):
     # ------------------------------------------------------------------ what is to be done
     folder, names = encoders.run_folder(args), [name for name, _ in common.task_names(args)]
+    recipe_folder, finetune = folder / args.recipe, f"python finetune.py {args.encoder} --recipe {args.recipe}"
+    for name in names:
+        files.require(recipe_folder / "finetuned" / f"{name}.safetensors", finetune)
     encoder = encoders.load_encoder(args)
     theta_pre = encoders.weights_of(encoder.module)
-    finetune = f"python finetune.py {args.encoder} --recipe {args.recipe}"
 
     # ------------------------------------------------------------------ tau_t, one task at a time
     norm, relative_norm, layers, directions, sources = {}, {}, {}, [], {}
     for name in names:
-        theta_t, about = files.load_tensors(folder / args.recipe / "finetuned" / f"{name}.safetensors", finetune,
-                                             theta_pre=encoder.theta_pre, recipe=args.recipe)
+        theta_t, about = files.load_tensors(recipe_folder / "finetuned" / f"{name}.safetensors", finetune,
+                                            theta_pre=encoder.theta_pre, recipe=args.recipe)
         _, tau_t = common.task_vector(theta_pre, theta_t)
-        files.save_tensors(folder / args.recipe / "vectors" / f"{name}.safetensors", tau_t,
-                            **{key: about[key] for key in ("theta_pre", "recipe", "task", "data", "head")})
+        common.save_vector(folder, args.recipe, name, tau_t, about)
         norm[name] = length(tau_t)
         relative_norm[name] = norm[name] / length(theta_pre)
         layers[name] = {layer: length(pick(tau_t, layer)) / length(pick(theta_pre, layer)) for layer in layer_names(theta_pre)}
@@ -44,12 +45,12 @@ def main(args):
         print(f"vector {name}: norm {norm[name]:.4f}, relative to theta_pre {relative_norm[name]:.2e}", flush=True)
     cosine = [[float(a @ b) for b in directions] for a in directions]
 
-    # ------------------------------------------------------------------ results
+    # ------------------------------------------------------------------ results, made anew each time: they cost seconds
     config = {"encoder": args.encoder, "theta_pre": encoder.theta_pre, "recipe": args.recipe, "finetuned": sources}
     result = {"config": config, "machine": files.machine(common.pick_device(args.device)), "tasks": names, "norm": norm,
               "relative_norm": relative_norm, "relative_norm_per_layer": layers, "cosine": cosine}
-    files.write_json(folder / args.recipe / "vectors.json", result)
-    draw(folder / args.recipe / "vectors.png", names, cosine, f"{args.encoder}, {args.recipe}")
+    files.write_json(recipe_folder / "vectors.json", result)
+    draw(recipe_folder / "vectors.png", names, cosine, f"{args.encoder}, {args.recipe}")
 
 
 def length(tensors):

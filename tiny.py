@@ -88,6 +88,7 @@ def radial(radii, turn=0.0):
 
 
 def figure_corners(name):
+    """Corners of a named figure, (V, 2), within about 1 of the origin and upright."""
     t = np.linspace(0, 2 * np.pi, 32, endpoint=False)
     if name == "heart":
         x, y = 16 * np.sin(t) ** 3, 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
@@ -383,7 +384,8 @@ def draw_pretraining(seed=0):
     fractals = np.stack([fractal_points(rng) for _ in range(FRACTALS)])    # (F, 1024, 2)
     classes = DOODLES + BLOBS + FRACTALS + CLOUDS
     labels = rng.permutation(np.arange(PRETRAINING_IMAGES) % classes).astype(np.int64)
-    clouds = [(rng.choice([2, 3, 5, 8, 12, 16]), rng.choice([2, 3, 5, 8, 12, 16]), rng.uniform(0, 6), rng.integers(0, 3)) for _ in range(CLOUDS)]
+    cells = [2, 3, 5, 8, 12, 16]
+    clouds = [(rng.choice(cells), rng.choice(cells), rng.uniform(0, 6), rng.integers(0, 3)) for _ in range(CLOUDS)]
     images = np.empty((len(labels), 3, SIDE, SIDE), np.uint8)
     for start in range(0, len(labels), 1000):
         images[start:start + 1000] = draw_specimens(rng, labels[start:start + 1000], doodles, blobs, fractals, clouds)
@@ -391,11 +393,20 @@ def draw_pretraining(seed=0):
 
 
 def draw_specimens(rng, labels, doodles, blobs, fractals, clouds):
+    """Pictures of the given pre-training classes.
+
+    labels   (N,) int64: doodles first, then blobs, fractals, clouds
+    doodles  (D, 96, 96) and blobs (B, 96, 96) distance fields      fractals  (F, 1024, 2) points
+    clouds   (cells of one noise, cells of another, frequency, how they combine) for each class
+    Returns  (N, 3, 32, 32) uint8
+    """
     n = len(labels)
     ground, pen = two_colours(rng, n, .3, swapped=.1)
     images = backdrop(rng, ground, .06)
     coverage = np.zeros((n, SIDE, SIDE), np.float32)
-    centre, size, angle = uniform(rng, -.15, .15, n, 2), uniform(rng, .55, .85, n, 1) * uniform(rng, .9, 1.1, n, 2), uniform(rng, -.3, .3, n)
+    centre = uniform(rng, -.15, .15, n, 2)
+    size = uniform(rng, .55, .85, n, 1) * uniform(rng, .9, 1.1, n, 2)
+    angle = uniform(rng, -.3, .3, n)
 
     rows = np.flatnonzero(labels < DOODLES)
     distance = place(rng, doodles, labels[rows], centre[rows], size[rows], angle[rows], warp=.08)
@@ -413,7 +424,8 @@ def draw_specimens(rng, labels, doodles, blobs, fractals, clouds):
     x = cos * points[..., 0] - sin * points[..., 1] + centre[rows, :1]
     y = sin * points[..., 0] + cos * points[..., 1] + centre[rows, 1:]
     column, row = (np.clip((t + 1) / 2 * SIDE, 0, SIDE - 1).astype(np.int64) for t in (x, y))
-    hits = np.bincount((np.arange(len(rows))[:, None] * SIDE * SIDE + row * SIDE + column).ravel(), minlength=len(rows) * SIDE * SIDE)
+    pixel = (np.arange(len(rows))[:, None] * SIDE + row) * SIDE + column
+    hits = np.bincount(pixel.ravel(), minlength=len(rows) * SIDE * SIDE)
     coverage[rows] = np.clip(hits.reshape(-1, SIDE, SIDE) / 3, 0, 1)
 
     kind = kind - FRACTALS

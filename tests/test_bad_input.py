@@ -11,6 +11,10 @@ import pytest
 from conftest import SMALL, TASKS, stage
 
 TIMM = "timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+STAGES = {  # the settings of SMALL, stage by stage
+    "probe": ["--probe-steps", "300"], "finetune": ["--steps", "20", "--batch-size", "32", "--lr", "1e-3"], "make_vectors": [], "merge_eval": [],
+    "disentangle": ["--points", "5", "--samples", "100"],
+}
 
 
 def snapshot(folder):
@@ -106,14 +110,14 @@ def break_parquet(folder):
 def test_folders_that_are_no_good_data_set(copy, tmp_path, make, said):
     make(tmp_path / "pets")
     before = snapshot(copy)
-    message = refuse("probe", "tiny", "--runs", copy, "--tasks", f"pets={tmp_path / 'pets'}")
+    message = refuse("probe", "tiny", "--runs", copy, "--tasks", f"pets={tmp_path / 'pets'}", *STAGES["probe"])
     assert said in message and "pets" in message
     assert snapshot(copy) == before
 
 
 def test_a_registered_task_with_other_counts_is_refused(copy, tmp_path):
     image_folder(tmp_path / "data" / "dtd")
-    message = refuse("probe", "tiny", "--runs", copy, "--data", tmp_path / "data", "--tasks", "dtd")
+    message = refuse("probe", "tiny", "--runs", copy, "--data", tmp_path / "data", "--tasks", "dtd", *STAGES["probe"])
     assert "12 train and 10 test images in 2 classes" in message and "3760 and 1880 in 47" in message
 
 
@@ -127,7 +131,7 @@ def test_labels_out_of_range_and_missing_are_refused(copy, tmp_path):
         for split in ("train", "test"):
             rows = datasets.Dataset.from_dict({"image": [{"bytes": buffer.getvalue(), "path": None}] * 12, "label": labels})
             rows.cast_column("image", datasets.Image()).to_parquet(folder / f"{split}.parquet")
-        assert said in refuse("probe", "tiny", "--runs", copy, "--tasks", f"odd={folder}")
+        assert said in refuse("probe", "tiny", "--runs", copy, "--tasks", f"odd={folder}", *STAGES["probe"])
 
 
 @pytest.mark.parametrize("content, said", [
@@ -155,12 +159,6 @@ def test_a_checkpoint_of_another_architecture_missing_keys_or_with_nan_is_refuse
         save_file(state, tmp_path / f"{name}.safetensors")
         assert said in refuse("probe", TIMM, "--weights", tmp_path / f"{name}.safetensors", "--runs", tmp_path / "runs", "--tasks", "glyphs")
     assert not (tmp_path / "runs").exists() or not snapshot(tmp_path / "runs")
-
-
-STAGES = {
-    "probe": ["--probe-steps", "300"], "finetune": ["--steps", "20", "--batch-size", "32", "--lr", "1e-3"], "make_vectors": [], "merge_eval": [],
-    "disentangle": ["--points", "5", "--samples", "100"],
-}
 
 
 @pytest.mark.parametrize("name, gone, said", [
