@@ -7,7 +7,6 @@ theta_pre is fetched once, checked, and kept in runs/ENCODER/pretrained.safetens
 """
 import difflib
 import hashlib
-import hashlib
 import re
 from typing import NamedTuple
 

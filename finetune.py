@@ -58,6 +58,8 @@ def main(args):
     module = copy.deepcopy(encoder.module).to(device).train()
     runs = len(todo) + (0 if args.lr else len(LEARNING_RATES) - 1)
     compiled, why = common.compile_pays(args.compile, device, encoder, 3 * runs * args.steps * args.batch_size)
+    if device.type == "cpu" and args.compile == "auto":
+        compiled, why = False, "a compiled training step is no faster on CPUs"
     forward = torch.compile(module, dynamic=False) if compiled else module
     print(f"finetune: {len(todo)} tasks x {args.steps} steps of {args.batch_size}, {'compiled' if compiled else 'eager'} ({why})", flush=True)
 
