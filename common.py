@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,7 +31,7 @@ from tqdm import tqdm
 
 import tiny
 from encoders import ENCODERS, weights_of
-from files import Refused, file_metadata, fingerprint, go_offline_if_unreachable, load_tensors, replacing, save_tensors
+from files import Refused, complain, file_metadata, fingerprint, go_offline_if_unreachable, load_tensors, replacing, save_tensors
 
 # ---------------------------------------------------------------------------------------------- flags and devices
 
@@ -38,18 +39,19 @@ from files import Refused, file_metadata, fingerprint, go_offline_if_unreachable
 def stage_parser(docstring):
     """The flags every stage shares, spelt alike; `--help` shows the stage's docstring with its pasteable commands."""
     parser = argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(complain(parser.prog, f"{message} (--help lists the flags)"))
     add = parser.add_argument
     add("encoder", help=f"{', '.join(ENCODERS)}, timm:NAME or open_clip:ARCH/TAG")
     add("--tasks", help="comma-separated; NAME of a known task or of a folder in --data, or NAME=HUB_ID_OR_FOLDER "
                         "(default: the eight generated tasks for tiny, else the paper's eight)")
     add("--data", type=Path, help="folder of data sets; DIR/NAME is looked for before the hub")
     add("--weights", type=Path, help="checkpoint file of the encoder, for machines without a hub")
-    add("--image-size", type=int, help="pixels; position embeddings are resampled (default: the checkpoint's own)")
+    add("--image-size", type=positive, help="pixels; position embeddings are resampled (default: the checkpoint's own)")
     add("--runs", type=Path, default=Path("runs"), help="where results go (default: runs)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
     add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="of the evaluator's forward pass")
     add("--compile", choices=["auto", "on", "off"], default="auto", help="auto: when the work ahead repays compiling")
-    add("--seed", type=int, default=0, help="reaches everything random except the pinned validation split")
+    add("--seed", type=natural, default=0, help="reaches everything random except the pinned validation split")
     add("--overwrite", action="store_true", help="redo this stage even where its result exists")
     return parser
 
@@ -61,11 +63,37 @@ def add_recipe(parser):
 RECIPES = ["aligned"]
 
 
+def natural(text):
+    """argparse type: a whole number of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
 def positive(text):
     """argparse type: a whole number of at least 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def positive_float(text):
+    """argparse type: a finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
+
+
+def progress(items, what, unit):
+    """tqdm: a bar on a terminal, a plain line every half minute elsewhere. items is an iterable, or a number to update by hand."""
+    counted = {"total": items} if isinstance(items, int) else {"iterable": items}
+    plain = {} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 60, "delay": 30,
+                                            "bar_format": "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} gone, {remaining} left, {rate_fmt}{postfix}\n"}
+    return tqdm(**counted, desc=what, unit=unit, unit_scale=unit == "img", leave=False, **plain)
 
 
 def pick_device(name):
@@ -346,7 +374,7 @@ def decode_split(name, split, cells, native, side, path):
         return np.asarray(image).transpose(2, 0, 1)
 
     pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(len(cells), 3, target, target))
-    with ThreadPoolExecutor() as pool, tqdm(total=len(cells), desc=f"decode {name} {split}", unit="img", disable=None) as bar:
+    with ThreadPoolExecutor() as pool, progress(len(cells), f"decode {name} {split}", "img") as bar:
         for start in range(0, len(cells), 512):
             block = cells[start:start + 512]
             for offset, decoded in enumerate(pool.map(decode, range(start, start + len(block)), block)):
@@ -442,6 +470,16 @@ def load_vector(folder, recipe, task, encoder):
     return vector, about
 
 
+def sum_of_vectors(folder, recipe, names, encoder):
+    """(sum_t tau_t, {task: SHA-256 of its vector}) read one file at a time: two vectors in memory, however many tasks."""
+    total, used = None, {}
+    for name in names:
+        vector, about = load_vector(folder, recipe, name, encoder)
+        total = vector if total is None else {key: total[key].add_(vector[key]) for key in total}
+        used[name] = about["sha256"]
+    return total, used
+
+
 def learning_rate(step, steps, peak):
     """Linear warm-up over the first tenth of the steps, then cosine to 0 (200 of 2,000 steps in the paper)."""
     warm_up = max(1, steps // 10)
@@ -526,6 +564,7 @@ class Evaluator:
         ends = np.cumsum([len(split.rows) for split in splits])
         starts, total = ends - [len(split.rows) for split in splits], int(ends[-1])
         chunk = max(1, CHUNK_BYTES // (3 * self.encoder.size ** 2) // self.batch_size) * self.batch_size
+        bar = progress(total * len(settings), f"evaluate {len(splits)} splits x {len(settings)} weights", "img")
         for begin in range(0, total, chunk):
             pieces = [(t, slice(max(begin, starts[t]) - starts[t], min(begin + chunk, ends[t]) - starts[t]))
                       for t in range(len(splits)) if starts[t] < begin + chunk and ends[t] > begin]
@@ -541,6 +580,8 @@ class Evaluator:
                 for t, rows in pieces:
                     consume(k, t, rows, features[at:at + rows.stop - rows.start])
                     at += rows.stop - rows.start
+                bar.update(n)
+        bar.close()
 
     def resident(self, split, rows):
         """(n, 3, S, S) uint8 on the device for some rows of a split, ready for the encoder."""

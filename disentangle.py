@@ -23,7 +23,7 @@ def parse_args(argv=None):
     common.add_recipe(parser)
     parser.add_argument("--pairs", default="first", help="A-B,C-D,... or all, or first: the first two tasks (default first)")
     parser.add_argument("--points", type=common.positive, default=25, help="values of each lambda; odd, so that 0 is one (default 25)")
-    parser.add_argument("--limit", type=float, default=3.0, help="lambdas run from -limit to limit (default 3)")
+    parser.add_argument("--limit", type=common.positive_float, default=3.0, help="lambdas run from -limit to limit (default 3)")
     parser.add_argument("--samples", type=common.positive, default=2048, help="random test images per task (default 2048)")
     return parser.parse_args(argv)
 

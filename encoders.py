@@ -117,6 +117,11 @@ def build_pretrained(args):
         raise Refused(f"--weights {args.weights} is no checkpoint of {args.encoder} ({reason})" if args.weights else
                       f"encoder {args.encoder} wants its checkpoint from the hub and could not get it ({reason}): "
                       f"give it as a local file with --weights FILE") from error
+    try:
+        with torch.no_grad():
+            module.eval()(torch.zeros(1, 3, about["size"], about["size"]))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise Refused(f"{args.encoder} does not take images of {about['size']} pixels ({error}): give another --image-size") from error
     broken = [key for key, tensor in module.state_dict().items() if not torch.isfinite(tensor).all()]
     if broken:
         raise Refused(f"{args.weights or args.encoder}: {broken[0]} holds values that are not finite")

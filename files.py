@@ -5,7 +5,9 @@ Refusals, and files that are whole: safetensors with their own checksum, JSON re
 """
 import contextlib
 import datetime
+import errno
 import hashlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -25,11 +27,24 @@ class Refused(Exception):
 
 def run(main, parse_args):
     """Run a stage from the command line: a refusal is one line on stderr and exit code 2, a bug keeps its traceback."""
+    stage = Path(sys.argv[0]).name
     try:
         main(parse_args())
     except Refused as refusal:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(refusal).split())}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(complain(stage, refusal))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        sys.exit(complain(stage, f"{error.strerror}: {error.filename or 'writing a result'}; what was finished is kept, the same command goes on from there"))
+    except KeyboardInterrupt:
+        print(f"{stage}: interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+
+
+def complain(stage, message):
+    """One line on stderr; returns exit code 2."""
+    print(f"{stage}: {' '.join(str(message).split())}", file=sys.stderr)
+    return 2
 
 
 @contextlib.contextmanager
@@ -149,10 +164,9 @@ def open_result(path, config, overwrite, device):
 
 def machine(device):
     """Where a number was made: device, threads, library versions, date (UTC)."""
-    import timm
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {cpu_name()}"
     return {"device": name, "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
-            "timm": timm.__version__, "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat()}
+            "timm": importlib.metadata.version("timm"), "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat()}
 
 
 def go_offline_if_unreachable():

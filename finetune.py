@@ -15,7 +15,6 @@ import time
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import common
 import encoders
@@ -30,7 +29,7 @@ def parse_args(argv=None):
     common.add_recipe(parser)
     parser.add_argument("--steps", type=common.positive, default=2000, help="optimizer steps per task (default 2000)")
     parser.add_argument("--batch-size", type=common.positive, default=128, help="images per step (default 128)")
-    parser.add_argument("--lr", type=float, help="peak learning rate; without it a search over decades on one task, cars or else the first")
+    parser.add_argument("--lr", type=common.positive_float, help="peak learning rate; without it a search over decades on one task, cars or else the first")
     return parser.parse_args(argv)
 
 
@@ -120,7 +119,7 @@ def train(forward, module, encoder, task, head, lr, args):
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=WEIGHT_DECAY, fused=True)
     finite = torch.ones((), dtype=torch.bool, device=device)
     start = time.perf_counter()
-    bar = tqdm(common.batches(len(labels), args.batch_size, args.steps, generator), desc=f"{task.name} lr {lr:g}", unit="step", disable=None, leave=False)
+    bar = common.progress(common.batches(len(labels), args.batch_size, args.steps, generator), f"finetune {task.name} lr {lr:g}", "step")
     for step, rows in enumerate(bar):
         optimizer.param_groups[0]["lr"] = common.learning_rate(step, args.steps, lr)
         pixels = common.normalise(common.random_resized_crop(images[rows], encoder.size, generator), encoder)  # (B, 3, S, S)

@@ -22,7 +22,7 @@ import files
 def parse_args(argv=None):
     parser = common.stage_parser(__doc__)
     common.add_recipe(parser)
-    parser.add_argument("--lambda-max", type=float, default=1.0, help="largest lambda of the grid (default 1)")
+    parser.add_argument("--lambda-max", type=common.positive_float, default=1.0, help="largest lambda of the grid (default 1)")
     parser.add_argument("--lambdas", type=common.positive, default=21, help="values of lambda from 0 to the largest (default 21)")
     return parser.parse_args(argv)
 
@@ -41,11 +41,7 @@ def main(args):
         raise files.Refused(f'{folder / args.recipe / "finetune.json"} lacks {", ".join(missing)}: run "python finetune.py {args.encoder} --recipe {args.recipe} --tasks {",".join(missing)}" first')
 
     # ------------------------------------------------------------------ the sum of the vectors, one file at a time
-    total, vectors = None, {}
-    for name in names:
-        tau_t, about = common.load_vector(folder, args.recipe, name, encoder)
-        vectors[name] = about["sha256"]
-        total = tau_t if total is None else {key: total[key].add_(tau_t[key]) for key in total}
+    total, vectors = common.sum_of_vectors(folder, args.recipe, names, encoder)
     config = {"encoder": args.encoder, "theta_pre": encoder.theta_pre, "image_size": encoder.size, "recipe": args.recipe, "tasks": names,
               "lambdas": lambdas, "dtype": str(dtype)[6:], "vectors": vectors}
     result = files.open_result(path, config, args.overwrite, device)

@@ -12,7 +12,6 @@ import time
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import common
 import encoders
@@ -22,9 +21,9 @@ import tiny
 
 def parse_args(argv=None):
     parser = common.stage_parser(__doc__)
-    parser.add_argument("--pretrain-steps", type=common.positive, default=1500, help="optimizer steps (default 1500)")
-    parser.add_argument("--batch-size", type=common.positive, default=128, help="images per step (default 128)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
+    parser.add_argument("--pretrain-steps", type=common.positive, default=1600, help="optimizer steps (default 1600)")
+    parser.add_argument("--batch-size", type=common.positive, default=32, help="images per step (default 32)")
+    parser.add_argument("--lr", type=common.positive_float, default=1e-3, help="peak learning rate (default 1e-3)")
     return parser.parse_args(argv)
 
 
@@ -48,18 +47,20 @@ def main(args):
     drawing_seconds = time.perf_counter() - start
     torch.manual_seed(args.seed)                                           # timm initialises from the global generator
     module = encoders.build_architecture(encoders.TINY).to(device).train()
+    with torch.no_grad():
+        module.pos_embed.mul_(15)                                          # std .02 to .3: a short training never finds it otherwise
     generator = torch.Generator(device).manual_seed(args.seed)
     held_out = len(labels) // 20
     order = torch.randperm(len(labels), device=device, generator=generator)
     train_rows, test_rows = order[held_out:], order[:held_out]
     head = common.random_head(module.num_features, int(labels.max()) + 1, generator)
-    encoder = encoders.Encoder("tiny", module, images.shape[-1], (0.5,) * 3, (0.5,) * 3, 1.0, "")
+    encoder = encoders.Encoder("tiny", module, images.shape[-1], (0.5,) * 3, (0.25,) * 3, 1.0, "")
     parameters = [*module.parameters(), *(tensor.requires_grad_() for tensor in head.values())]
 
     # ------------------------------------------------------------------ AdamW, warm-up, cosine to 0
     start = time.perf_counter()
     optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=0.05, fused=True)
-    bar = tqdm(common.batches(len(train_rows), args.batch_size, args.pretrain_steps, generator), desc="pretrain", unit="step", disable=None)
+    bar = common.progress(common.batches(len(train_rows), args.batch_size, args.pretrain_steps, generator), "pretrain", "step")
     for step, rows in enumerate(bar):
         optimizer.param_groups[0]["lr"] = common.learning_rate(step, args.pretrain_steps, args.lr)
         rows = train_rows[rows]
@@ -71,9 +72,6 @@ def main(args):
         optimizer.zero_grad()
         if step % 100 == 99:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-            if not bar.disable:
-                continue
-            print(f"pretrain: step {step + 1}/{args.pretrain_steps}, loss {loss.item():.3f}, {(step + 1) * args.batch_size / (time.perf_counter() - start):.0f} img/s", flush=True)
     seconds = time.perf_counter() - start
 
     # ------------------------------------------------------------------ results

@@ -25,7 +25,7 @@ BATCH_SIZE, WEIGHT_DECAY, CLIP_NORM = 128, 0.1, 1.0
 def parse_args(argv=None):
     parser = common.stage_parser(__doc__)
     parser.add_argument("--probe-steps", type=common.positive, default=2000, help="optimizer steps per head (default 2000)")
-    parser.add_argument("--probe-lr", type=float, help="learning rate; without it a search on one task, cars or else the first")
+    parser.add_argument("--probe-lr", type=common.positive_float, help="learning rate; without it a search on one task, cars or else the first")
     return parser.parse_args(argv)
 
 

@@ -27,7 +27,7 @@ while [ $# -gt 0 ]; do
 done
 
 if [ "$encoder" = tiny ]; then  # sized for two CPU cores; anything given on the command line comes later and wins
-  finetune=(--steps 250 --batch-size 64 --lr 1e-3 ${finetune[@]+"${finetune[@]}"})
+  finetune=(--steps 150 --batch-size 64 --lr 5e-4 ${finetune[@]+"${finetune[@]}"})
   disentangle=(--points 13 --samples 256 ${disentangle[@]+"${disentangle[@]}"})
   python pretrain.py tiny ${shared[@]+"${shared[@]}"} ${pretrain[@]+"${pretrain[@]}"}
 fi
