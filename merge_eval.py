@@ -102,16 +102,16 @@ def summary(hits, n, single_task):
 
 def draw(path, result, title):
     """Accuracy against lambda on validation: each task thin, the mean normalized accuracy thick, lambda = 0 marked as probing."""
-    fig, axes = common.figure(6.4, 4.2)
+    fig, axes = common.figure(7.6, 4.2)
     lambdas, normalized, best = result["lambdas"], result["val"]["normalized"], result["best_lambda"]
     for name, accuracy in result["val"]["tasks"].items():
         axes.plot(lambdas, accuracy, linewidth=0.9, alpha=0.6, label=name)
     axes.plot(lambdas, normalized, color="black", linewidth=2.2, marker=".", label="mean, normalized")
     axes.axhline(normalized[0], color="black", linestyle=":", linewidth=1)
-    axes.annotate("probing", (lambdas[-1], normalized[0]), ha="right", va="bottom", fontsize=8)
+    axes.annotate("probing (lambda = 0)", (lambdas[-1], normalized[0]), ha="right", va="bottom", fontsize=8)
     axes.plot(best, max(normalized), marker="*", markersize=14, color="crimson", label=f"chosen, lambda = {best:g}", linestyle="none")
     axes.set(xlabel="scaling coefficient lambda", ylabel="validation accuracy", ylim=(0, 1.03), title=title)
-    axes.legend(fontsize=7, ncol=2)
+    fig.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     common.save_figure(path, fig)
 
 

@@ -21,7 +21,7 @@ import tiny
 
 def parse_args(argv=None):
     parser = common.stage_parser(__doc__)
-    parser.add_argument("--pretrain-steps", type=common.positive, default=1600, help="optimizer steps (default 1600)")
+    parser.add_argument("--pretrain-steps", type=common.positive, default=1500, help="optimizer steps (default 1500)")
     parser.add_argument("--batch-size", type=common.positive, default=32, help="images per step (default 32)")
     parser.add_argument("--lr", type=common.positive_float, default=1e-3, help="peak learning rate (default 1e-3)")
     return parser.parse_args(argv)

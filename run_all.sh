@@ -27,8 +27,8 @@ while [ $# -gt 0 ]; do
 done
 
 if [ "$encoder" = tiny ]; then  # sized for two CPU cores; anything given on the command line comes later and wins
-  finetune=(--steps 150 --batch-size 64 --lr 5e-4 ${finetune[@]+"${finetune[@]}"})
-  disentangle=(--points 13 --samples 256 ${disentangle[@]+"${disentangle[@]}"})
+  finetune=(--steps 120 --batch-size 64 --lr 5e-4 ${finetune[@]+"${finetune[@]}"})
+  disentangle=(--points 13 --samples 128 ${disentangle[@]+"${disentangle[@]}"})
   python pretrain.py tiny ${shared[@]+"${shared[@]}"} ${pretrain[@]+"${pretrain[@]}"}
 fi
 python probe.py "$encoder" ${shared[@]+"${shared[@]}"} ${probe[@]+"${probe[@]}"}

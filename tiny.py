@@ -289,7 +289,7 @@ def draw_ground(rng, labels):
     period = uniform(rng, .22, .4, n, 1, 1)
     wave = lambda t: np.sin(2 * np.pi * t / period)
     soft = lambda t: np.clip(.5 + t * 16, 0, 1)                            # t in half pictures, edge one pixel wide
-    lot_u, lot_v, lot = u / .5, v / .5, rng.random((n, 32), dtype=np.float32)
+    lot_u, lot_v = u / .5, v / .5
     roof = np.minimum(.3 - np.abs(lot_u % 1 - .5), .22 - np.abs(lot_v % 1 - .5)) * .5
     hall = np.minimum(.36 - np.abs(u / 1.1 % 1 - .5), .4 - np.abs(v / .8 % 1 - .5)) * .9
     green, earth = np.array([.32, .45, .2], np.float32), np.array([.55, .45, .3], np.float32)
@@ -335,7 +335,9 @@ def draw_task(name, split, seed=0):
     rng = np.random.default_rng([seed, list(TASKS).index(name), ("train", "test").index(split)])
     n = TRAIN_IMAGES if split == "train" else TEST_IMAGES
     labels = rng.permutation(np.arange(n) % len(TASKS[name])).astype(np.int64)
-    return globals()[f"draw_{name}"](rng, labels), labels
+    draw = {"glyphs": draw_glyphs, "numbers": draw_numbers, "signs": draw_signs, "textures": draw_textures, "shapes": draw_shapes,
+            "counts": draw_counts, "ground": draw_ground, "letters": draw_letters}[name]
+    return draw(rng, labels), labels
 
 
 # ---------------------------------------------------------------- pre-training: other pictures, other classes
