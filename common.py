@@ -57,10 +57,16 @@ def stage_parser(docstring):
 
 
 def add_recipe(parser):
-    parser.add_argument("--recipe", choices=RECIPES, default="aligned", help="how theta_t comes about (default aligned)")
+    parser.add_argument("--recipe", choices=list(RECIPES), default="aligned", help="how theta_t comes about: aligned (probed head, frozen), full (random head, "
+                        "trained along), zeroshot and zeroshot-full (head from class names, CLIP only) (default aligned)")
 
 
-RECIPES = ["aligned"]
+class Recipe(NamedTuple):
+    head: str         # where it comes from: "probed" (probe.py), "random", or "text" (text_heads.py)
+    train_head: bool  # along with the encoder, else it stays frozen
+
+
+RECIPES = {"aligned": Recipe("probed", False), "full": Recipe("random", True), "zeroshot": Recipe("text", False), "zeroshot-full": Recipe("text", True)}
 
 
 def natural(text):
@@ -225,6 +231,12 @@ def load_task(name, source, encoder, args):
         stem = "test" if split == "test" else "train"
         splits[split] = Split(arrays[f"{stem}_images"], index, arrays[f"{stem}_labels"][index])
     return Task(name, splits, about["classes"], about["sha256"])
+
+
+def sample(split, n, seed):
+    """At most n random images of a split (None: all), without replacement, in random order."""
+    chosen = np.random.default_rng(seed).permutation(len(split.rows))[:n]
+    return Split(split.images, split.rows[chosen], split.labels[chosen])
 
 
 def validation_split(n):
@@ -444,10 +456,16 @@ def random_head(width, n_classes, generator):
             for name, shape in (("weight", (n_classes, width)), ("bias", (n_classes,)))}
 
 
-def load_head(folder, task, encoder, device):
-    """The probed head of one task, refused if it belongs to other weights or data; see random_head for its form."""
-    head, _ = load_tensors(folder / "heads" / f"{task.name}.safetensors", f"python probe.py {encoder.name}",
-                           theta_pre=encoder.theta_pre, data=task.fingerprint)
+def head_file(folder, recipe, task_name, encoder_name):
+    """(path of a task's head under a recipe, command that makes it): every recipe but those on probed heads has its own."""
+    if RECIPES[recipe].head == "probed":
+        return folder / "heads" / f"{task_name}.safetensors", f"python probe.py {encoder_name}"
+    return folder / recipe / "heads" / f"{task_name}.safetensors", f"python finetune.py {encoder_name} --recipe {recipe}"
+
+
+def load_head(folder, recipe, task, encoder, device):
+    """The head of one task, refused if it belongs to other weights or data; see logits for its form."""
+    head, _ = load_tensors(*head_file(folder, recipe, task.name, encoder.name), theta_pre=encoder.theta_pre, data=task.fingerprint)
     return {name: tensor.to(device) for name, tensor in head.items()}
 
 
@@ -463,10 +481,11 @@ def load_vector(folder, recipe, task, encoder):
     """(tau_t {name: tensor} float32 on the CPU, metadata); Refused if it is of another encoder, recipe or probed head."""
     vector, about = load_tensors(folder / recipe / "vectors" / f"{task}.safetensors",
                                  f"python make_vectors.py {encoder.name} --recipe {recipe}", theta_pre=encoder.theta_pre, recipe=recipe)
-    head, _ = load_tensors(folder / "heads" / f"{task}.safetensors", f"python probe.py {encoder.name}", theta_pre=encoder.theta_pre)
+    path, made_by = head_file(folder, recipe, task, encoder.name)
+    head, _ = load_tensors(path, made_by, theta_pre=encoder.theta_pre)
     if fingerprint(head) != about["head"]:
-        raise Refused(f'{folder / recipe / "vectors" / task}.safetensors was trained against another head than {folder / "heads" / task}.safetensors: '
-                      f'run finetune.py and make_vectors.py again with --overwrite')
+        raise Refused(f'{folder / recipe / "vectors" / task}.safetensors was trained against another head than {path}: '
+                      f'run finetune.py with --overwrite and make_vectors.py again')
     return vector, about
 
 
@@ -495,9 +514,18 @@ def batches(n, batch_size, steps, generator):
     return order[: batch_size * steps].view(steps, batch_size)
 
 
+def logits(features, head):
+    """(N, D) features and a head -> (N, C) float32.
+
+    head  {"weight" (C, D), "bias" (C,)}; a head from text has no bias and acts on features of unit length
+    """
+    features = features.float() if "bias" in head else F.normalize(features.float(), dim=1)
+    return F.linear(features, head["weight"], head.get("bias"))
+
+
 def predict(features, head):
-    """(N, D) features and a head -> (N,) int64 predicted classes; logits in float32."""
-    return F.linear(features.float(), head["weight"], head["bias"]).argmax(1)
+    """(N, D) features and a head -> (N,) int64 predicted classes."""
+    return logits(features, head).argmax(1)
 
 
 def normalized_accuracy(accuracy, single_task):

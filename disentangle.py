@@ -51,8 +51,8 @@ def main(args):
     # ------------------------------------------------------------------ random test images, the same in every pair
     used = sorted({name for pair in todo for name in pair})
     tasks = {name: common.load_task(name, sources[name], encoder, args) for name in used}
-    heads = {name: common.load_head(folder, tasks[name], encoder, device) for name in used}
-    images = {name: sample(tasks[name].splits["test"], args.samples, args.seed) for name in used}
+    heads = {name: common.load_head(folder, args.recipe, tasks[name], encoder, device) for name in used}
+    images = {name: common.sample(tasks[name].splits["test"], args.samples, args.seed) for name in used}
     lambdas = np.linspace(-args.limit, args.limit, args.points).round(10)
     cells = (args.points ** 2 - args.points) * sum(len(images[name].rows) for pair in todo for name in pair)
     evaluator = common.Evaluator(encoder, args, cells + args.points * sum(len(split.rows) for split in images.values()))
@@ -97,12 +97,6 @@ def choose_pairs(text, names):
             raise files.Refused(f"--pairs: {word!r} is not A-B with A and B two of {', '.join(names)}")
         pairs += fitting
     return pairs
-
-
-def sample(split, n, seed):
-    """At most n random images of a split, without replacement, in random order."""
-    chosen = np.random.default_rng(seed).permutation(len(split.rows))[:n]
-    return common.Split(split.images, split.rows[chosen], split.labels[chosen])
 
 
 def disentanglement_error(single, merged):

@@ -1,13 +1,15 @@
 """
-Fine-tune the encoder on each task with its probed head frozen.
+Fine-tune the encoder on each task: with its probed head frozen, or under another recipe.
 
     python finetune.py vit_b16_dino                              # searches the learning rate on Cars first
+    python finetune.py vit_b16_dino --recipe full                # encoder and a random head together
+    python finetune.py vit_b16_clip_laion2b --recipe zeroshot    # head from class names, frozen
     python finetune.py vit_b16_dino --lr 1e-5                    # without the search
     python finetune.py tiny --tasks glyphs,textures --steps 100
 
-Reads   runs/ENCODER/pretrained.safetensors, heads/TASK.safetensors (probe.py)
-Writes  runs/ENCODER/RECIPE/finetuned/TASK.safetensors, finetune.json
-Source  arXiv:2511.14569 section 3.1 and appendix C: AdamW, 2,000 steps of 128, warm-up, cosine to 0
+Reads   runs/ENCODER/pretrained.safetensors, for aligned heads/TASK.safetensors (probe.py)
+Writes  runs/ENCODER/RECIPE/finetuned/TASK.safetensors, finetune.json, for the other recipes also heads/TASK.safetensors
+Source  arXiv:2511.14569 section 3.1, appendices B, C, G and H: AdamW, 2,000 steps of 128, warm-up, cosine to 0
 """
 import copy
 import resource
@@ -19,6 +21,7 @@ import torch.nn.functional as F
 import common
 import encoders
 import files
+import text_heads
 
 LEARNING_RATES = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
 WEIGHT_DECAY, CLIP_NORM = 0.1, 1.0
@@ -45,10 +48,13 @@ def main(args):
     if set(sources) <= set(done):
         print(f"finetune: {path} has all {len(sources)} tasks, nothing to do (--overwrite to redo)")
         return
-    for name in sources:
-        files.require(folder / "heads" / f"{name}.safetensors", f"python probe.py {args.encoder}")
+    recipe = common.RECIPES[args.recipe]
+    if recipe.head == "probed":
+        for name in sources:
+            files.require(*common.head_file(folder, args.recipe, name, args.encoder))
     tasks = {name: common.load_task(name, source, encoder, args) for name, source in sources.items()}
-    heads = {name: common.load_head(folder, task, encoder, device) for name, task in tasks.items()}
+    tower = text_heads.text_tower(args) if recipe.head == "text" else None
+    heads = {name: first_head(recipe, folder, task, encoder, tower, device, args) for name, task in tasks.items()}
 
     # ------------------------------------------------------------------ one module to train, one evaluator
     todo = [name for name in tasks if name not in done]
@@ -70,15 +76,15 @@ def main(args):
         search = common.search_task(list(tasks))
         result["search"] = {"task": search, "val": {}}
         for lr in LEARNING_RATES:
-            theta_t, cost = train(forward, module, encoder, tasks[search], heads[search], lr, args)
+            theta_t, head, cost = train(forward, module, encoder, tasks[search], heads[search], lr, args)
             if theta_t is None:
                 print(f"finetune: search on {search}, learning rate {lr:g}: diverged", flush=True)
                 continue
-            val = evaluate(evaluator, encoder, theta_t, tasks[search], heads[search], ["val"])["val"]
+            val = evaluate(evaluator, encoder, theta_t, tasks[search], head, ["val"])["val"]
             print(f"finetune: search on {search}, learning rate {lr:g}: validation {val:.4f}", flush=True)
             result["search"]["val"][f"{lr:g}"] = val
             if best is None or val > best["val"]:
-                best = {"val": val, "lr": lr, "theta_t": theta_t, "cost": cost}
+                best = {"val": val, "lr": lr, "trained": (theta_t, head, cost)}
         if best is None:
             raise files.Refused(f"every learning rate of the search diverged on {search}; give --lr")
         result["lr"] = best["lr"]
@@ -86,15 +92,21 @@ def main(args):
     # ------------------------------------------------------------------ one theta_t per task
     for name in todo:
         if best and name == search:  # the search has trained this one already, same seed and steps
-            theta_t, cost = best["theta_t"], best["cost"]
+            theta_t, head, cost = best["trained"]
         else:
-            theta_t, cost = train(forward, module, encoder, tasks[name], heads[name], result["lr"], args)
+            theta_t, head, cost = train(forward, module, encoder, tasks[name], heads[name], result["lr"], args)
         if theta_t is None:
             raise files.Refused(f"task {name}: training diverged at learning rate {result['lr']:g}; "
                                  f"finished tasks are kept, a smaller --lr needs --overwrite or another --runs")
-        files.save_tensors(folder / args.recipe / "finetuned" / f"{name}.safetensors", theta_t, theta_pre=encoder.theta_pre,
-                            recipe=args.recipe, task=name, data=tasks[name].fingerprint, head=files.fingerprint(heads[name]))
-        done[name] = evaluate(evaluator, encoder, theta_t, tasks[name], heads[name], ["val", "test"]) | cost
+        about = {"theta_pre": encoder.theta_pre, "recipe": args.recipe, "task": name, "data": tasks[name].fingerprint}
+        files.save_tensors(folder / args.recipe / "finetuned" / f"{name}.safetensors", theta_t, **about, head=files.fingerprint(head))
+        if recipe.head != "probed":
+            files.save_tensors(common.head_file(folder, args.recipe, name, args.encoder)[0], head, **about)
+        done[name] = evaluate(evaluator, encoder, theta_t, tasks[name], head, ["val", "test"]) | cost
+        if recipe.head == "text":
+            features = common.cached_features(folder, tasks[name], evaluator)["test"]
+            labels = torch.from_numpy(tasks[name].splits["test"].labels).to(device)
+            done[name]["zero_shot"] = int((common.predict(features, heads[name]) == labels).sum()) / len(labels)
         result |= {"recipe": args.recipe, "mean_test": common.mean(row["test"] for row in done.values())}
         files.write_json(path, result)
         print(f"finetune {name}: validation {done[name]['val']:.4f}, test {done[name]['test']:.4f} (n = {done[name]['n_test']}), "
@@ -102,10 +114,21 @@ def main(args):
     print(f"finetune: mean test accuracy {result['mean_test']:.4f} over {len(done)} tasks, learning rate {result['lr']:g}")
 
 
-def train(forward, module, encoder, task, head, lr, args):
-    """Train `module` (through `forward`, perhaps compiled) from theta_pre on one task.
+def first_head(recipe, folder, task, encoder, tower, device, args):
+    """The head that fine-tuning starts from; see common.logits for its form."""
+    if recipe.head == "probed":
+        return common.load_head(folder, "aligned", task, encoder, device)
+    if recipe.head == "text":
+        return text_heads.text_head(task, *tower, device)
+    with torch.no_grad():
+        width = encoder.module(torch.zeros(1, 3, encoder.size, encoder.size)).shape[1]
+    return common.random_head(width, len(task.classes), torch.Generator(device).manual_seed(args.seed))
 
-    Returns  (theta_t, {"seconds", "images_per_second", ...}); theta_t is None where the loss or a weight stopped being finite
+
+def train(forward, module, encoder, task, head, lr, args):
+    """Train `module` (through `forward`, perhaps compiled) from theta_pre on one task, the head along if the recipe says so.
+
+    Returns  (theta_t, head, {"seconds", "images_per_second", ...}); theta_t is None where the loss or a weight is not finite
     """
     device = next(module.parameters()).device
     generator = torch.Generator(device).manual_seed(args.seed)
@@ -115,7 +138,8 @@ def train(forward, module, encoder, task, head, lr, args):
     split = task.splits["train"]
     images = torch.from_numpy(split.images[split.rows]).to(device)         # (N, 3, s, s) uint8, resident
     labels = torch.from_numpy(split.labels).to(device)
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    head = {name: tensor.clone().requires_grad_(common.RECIPES[args.recipe].train_head) for name, tensor in head.items()}
+    parameters = [tensor for tensor in [*module.parameters(), *head.values()] if tensor.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=WEIGHT_DECAY, fused=True)
     finite = torch.ones((), dtype=torch.bool, device=device)
     start = time.perf_counter()
@@ -125,7 +149,7 @@ def train(forward, module, encoder, task, head, lr, args):
         pixels = common.normalise(common.random_resized_crop(images[rows], encoder.size, generator), encoder)  # (B, 3, S, S)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             features = forward(pixels)                                     # (B, D)
-        loss = F.cross_entropy(F.linear(features.float(), head["weight"], head["bias"]), labels[rows])
+        loss = F.cross_entropy(common.logits(features, head), labels[rows])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
         optimizer.step()
@@ -134,15 +158,16 @@ def train(forward, module, encoder, task, head, lr, args):
         if step % 50 == 49:
             bar.set_postfix(loss=f"{loss.item():.3f}")
             if not finite:
-                return None, {}
+                return None, None, {}
     finite &= torch.stack([parameter.isfinite().all() for parameter in parameters]).all()
     if not finite:                                                         # waits for the device, so the clock is right below
-        return None, {}
+        return None, None, {}
     seconds = time.perf_counter() - start
     theta_pre = encoders.weights_of(encoder.module)
     theta_t, _ = common.task_vector(theta_pre, {name: tensor.cpu() for name, tensor in encoders.weights_of(module).items()})
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return theta_t, {"final_loss": loss.item(), "trainable_params": sum(p.numel() for p in parameters), "seconds": seconds,
+    head = {name: tensor.detach() for name, tensor in head.items()}
+    return theta_t, head, {"final_loss": loss.item(), "trainable_params": sum(p.numel() for p in parameters), "seconds": seconds,
                      "images_per_second": args.steps * args.batch_size / seconds, "peak_memory_bytes": peak}
 
 

@@ -3,12 +3,15 @@ Task addition: theta_pre + lambda * sum_t tau_t, lambda picked on validation, th
 
     python merge_eval.py vit_b16_dino
     python merge_eval.py tiny --lambda-max 0.2                   # 21 values again, but on a finer grid
+    python merge_eval.py tiny --subsets 5 --images-per-task 500  # merges of 1, 2, ... tasks: at most five of each size
 
 Reads   runs/ENCODER/pretrained.safetensors, features/, heads/ (probe.py), RECIPE/finetune.json (finetune.py),
         RECIPE/vectors/TASK.safetensors (make_vectors.py)
 Writes  runs/ENCODER/RECIPE/merge.json, merge.png, merged.safetensors (the encoder at the picked lambda, as timm loads it)
-Source  arXiv:2511.14569 sections 3.2 and 4.2, appendix E
+        with --subsets only scaling.json, scaling.png
+Source  arXiv:2511.14569 sections 3.2 and 4.2, appendices E and I
 """
+import itertools
 import time
 
 import numpy as np
@@ -24,6 +27,8 @@ def parse_args(argv=None):
     common.add_recipe(parser)
     parser.add_argument("--lambda-max", type=common.positive_float, default=1.0, help="largest lambda of the grid (default 1)")
     parser.add_argument("--lambdas", type=common.positive, default=21, help="values of lambda from 0 to the largest (default 21)")
+    parser.add_argument("--subsets", type=common.positive, help="merge subsets of the tasks instead: all of a size, or this many drawn with --seed")
+    parser.add_argument("--images-per-task", type=common.positive, help="with --subsets: at most so many random validation and test images per task")
     return parser.parse_args(argv)
 
 
@@ -40,6 +45,10 @@ def main(args):
     if missing:
         raise files.Refused(f'{folder / args.recipe / "finetune.json"} lacks {", ".join(missing)}: run "python finetune.py {args.encoder} --recipe {args.recipe} --tasks {",".join(missing)}" first')
 
+    if args.subsets:
+        scale(args, folder, sources, encoder, finetuned, lambdas)
+        return
+
     # ------------------------------------------------------------------ the sum of the vectors, one file at a time
     total, vectors = common.sum_of_vectors(folder, args.recipe, names, encoder)
     config = {"encoder": args.encoder, "theta_pre": encoder.theta_pre, "image_size": encoder.size, "recipe": args.recipe, "tasks": names,
@@ -49,7 +58,7 @@ def main(args):
         print(f"merge_eval: {path} is there, nothing to do (--overwrite to redo)")
         return
     tasks = {name: common.load_task(name, source, encoder, args) for name, source in sources.items()}
-    heads = [common.load_head(folder, task, encoder, device) for task in tasks.values()]
+    heads = [common.load_head(folder, args.recipe, task, encoder, device) for task in tasks.values()]
     n = {split: {name: len(task.splits[split].rows) for name, task in tasks.items()} for split in ("val", "test")}
 
     # ------------------------------------------------------------------ validation: lambda = 0 from cached features, then the search
@@ -93,11 +102,90 @@ def main(args):
         print(f"merge_eval: {label}: test absolute {row['absolute']:.4f}, normalized {row['normalized']:.4f}, n = {sum(n['test'].values())}")
 
 
+def scale(args, folder, sources, encoder, finetuned, lambdas):
+    """Addition against the number of tasks: a lambda search and a test for every chosen subset (appendix I)."""
+    # ------------------------------------------------------------------ which subsets, and what they cost
+    names, path, device = list(sources), folder / args.recipe / "scaling.json", common.pick_device(args.device)
+    if len(names) < 2:
+        raise files.Refused(f"--subsets needs two tasks or more, --tasks names {', '.join(names)}")
+    loaded = {name: common.load_vector(folder, args.recipe, name, encoder) for name in names}
+    config = {"encoder": args.encoder, "theta_pre": encoder.theta_pre, "image_size": encoder.size, "recipe": args.recipe, "tasks": names,
+              "lambdas": lambdas, "subsets_per_size": args.subsets, "images_per_task": args.images_per_task, "seed": args.seed,
+              "dtype": str(common.pick_dtype(args.dtype, device)[0])[6:], "vectors": {name: about["sha256"] for name, (_, about) in loaded.items()}}
+    result = files.open_result(path, config, args.overwrite, device)
+    rows = result.setdefault("subsets", [])
+    chosen = choose_subsets(names, args.subsets, args.seed)
+    todo = [subset for subset in chosen if list(subset) not in [row["tasks"] for row in rows]]
+    if not todo:
+        print(f"merge_eval: {path} has all {len(chosen)} subsets, nothing to do (--overwrite to redo)")
+        return
+    tasks = {name: common.load_task(name, source, encoder, args) for name, source in sources.items()}
+    heads = {name: common.load_head(folder, args.recipe, task, encoder, device) for name, task in tasks.items()}
+    splits = {name: {split: common.sample(task.splits[split], args.images_per_task, args.seed) for split in ("val", "test")} for name, task in tasks.items()}
+    n = {name: {split: len(splits[name][split].rows) for split in ("val", "test")} for name in names}
+    images = sum((len(lambdas) - 1) * n[name]["val"] + 2 * n[name]["test"] for subset in todo for name in subset)
+    print(f"merge_eval: {len(todo)} subsets of {len(names)} tasks, {images} images to evaluate, at most "
+          f"{args.images_per_task or 'all'} validation and test images per task", flush=True)
+
+    # ------------------------------------------------------------------ lambda = 0 and the single tasks, on the same images, once
+    evaluator = common.Evaluator(encoder, args, images)
+    evaluator.use_vectors([vector for vector, _ in loaded.values()])       # on the device from here on
+    one = [tuple(float(name == other) for other in names) for name in names]
+    at_zero, single = {}, {}
+    for name, row in zip(names, one):
+        for split in ("val", "test"):
+            [[zero, own]] = evaluator.hits([splits[name][split]], [heads[name]], [(0.0,) * len(names), row])
+            at_zero[name, split], single[name, split] = zero / n[name][split], own / n[name][split]
+
+    # ------------------------------------------------------------------ every subset
+    for subset in todo:
+        member = [float(name in subset) for name in names]
+        settings = [tuple(lam * m for m in member) for lam in lambdas[1:]]
+        counted = evaluator.hits([splits[name]["val"] for name in subset], [heads[name] for name in subset], settings)
+        curve = [common.mean(at_zero[name, "val"] / single[name, "val"] for name in subset)]
+        curve += [common.mean(counts[k] / n[name]["val"] / single[name, "val"] for name, counts in zip(subset, counted)) for k in range(len(settings))]
+        best = int(np.argmax(curve))
+        accuracy = {name: at_zero[name, "test"] for name in subset}
+        if best > 0:
+            counted = evaluator.hits([splits[name]["test"] for name in subset], [heads[name] for name in subset], [settings[best - 1]])
+            accuracy = {name: counts[0] / n[name]["test"] for name, counts in zip(subset, counted)}
+        rows.append({"tasks": list(subset), "best_lambda": lambdas[best], "absolute": common.mean(accuracy.values()),
+                     "normalized": common.normalized_accuracy(accuracy, {name: single[name, "test"] for name in subset})})
+        result["images_per_task"] = n
+        files.write_json(path, result)
+
+    # ------------------------------------------------------------------ results
+    draw_scaling(folder / args.recipe / "scaling.png", rows, f"{args.encoder}, {args.recipe}")
+    for size in sorted({len(row["tasks"]) for row in rows}):
+        normalized = [row["normalized"] for row in rows if len(row["tasks"]) == size]
+        print(f"merge_eval: {size} tasks: mean normalized accuracy {common.mean(normalized):.4f} over {len(normalized)} subsets")
+
+
+def choose_subsets(names, per_size, seed):
+    """Every subset of every size where there are at most `per_size`, else that many of them drawn without replacement."""
+    rng, chosen = np.random.default_rng(seed), []
+    for size in range(1, len(names) + 1):
+        every = list(itertools.combinations(names, size))
+        chosen += every if len(every) <= per_size else [every[i] for i in sorted(rng.choice(len(every), per_size, replace=False))]
+    return chosen
+
+
 def summary(hits, n, single_task):
     """{"absolute", "normalized", "tasks", "hits", "n"} of counts {task: hits} over {task: n} test images."""
     accuracy = {name: hits[name] / n[name] for name in hits}
     return {"absolute": common.mean(accuracy.values()), "normalized": common.normalized_accuracy(accuracy, single_task),
             "tasks": accuracy, "hits": hits, "n": n}
+
+
+def draw_scaling(path, rows, title):
+    """Normalized accuracy against the number of merged tasks: a dot per subset, a line through the means."""
+    fig, axes = common.figure(5.6, 4.0)
+    sizes = sorted({len(row["tasks"]) for row in rows})
+    axes.plot([len(row["tasks"]) for row in rows], [row["normalized"] for row in rows], "o", alpha=0.45, label="a subset of tasks")
+    axes.plot(sizes, [common.mean(row["normalized"] for row in rows if len(row["tasks"]) == size) for size in sizes], color="black", label="mean")
+    axes.set(xlabel="number of merged tasks", ylabel="normalized test accuracy", ylim=(0, 1.05), title=title)
+    axes.legend(fontsize=8, loc="lower left")
+    common.save_figure(path, fig)
 
 
 def draw(path, result, title):

@@ -97,7 +97,7 @@ def test_theta_pre_plus_task_vector_reproduces_the_fine_tuned_accuracy(study):
     task = common.load_task(TASKS[0], "generated", encoder, parsed)
     evaluator = common.Evaluator(encoder, parsed, 0)
     evaluator.use_vectors([common.load_vector(study / "tiny", "aligned", TASKS[0], encoder)[0]])
-    head = common.load_head(study / "tiny", task, encoder, evaluator.device)
+    head = common.load_head(study / "tiny", "aligned", task, encoder, evaluator.device)
     [[val], [test]] = evaluator.hits([task.splits["val"], task.splits["test"]], [head, head], [(1.0,)])
     assert (val, test) == (finetuned[TASKS[0]]["hits_val"], finetuned[TASKS[0]]["hits_test"])
     assert common.normalized_accuracy({"a": test / 1000}, {"a": finetuned[TASKS[0]]["test"]}) == 1
@@ -117,7 +117,7 @@ def test_the_evaluator_at_lambda_zero_agrees_with_the_cached_features(study):
     encoder = encoders.load_encoder(parsed)
     task = common.load_task("signs", "generated", encoder, parsed)
     evaluator = common.Evaluator(encoder, parsed, 0)
-    head = common.load_head(study / "tiny", task, encoder, evaluator.device)
+    head = common.load_head(study / "tiny", "aligned", task, encoder, evaluator.device)
     evaluator.use_vectors([common.load_vector(study / "tiny", "aligned", "signs", encoder)[0]])
     [[hits]] = evaluator.hits([task.splits["test"]], [head], [(0.0,)])
     assert hits == json.loads((study / "tiny/probe.json").read_text())["tasks"]["signs"]["hits_test"]
