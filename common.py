@@ -698,12 +698,21 @@ def forward_flops(encoder):
 # ---------------------------------------------------------------------------------------------- pictures
 
 
-def figure(width, height):
-    """A matplotlib figure of width x height inches and its single axes, without a window system."""
+def figure(width, height, columns=1):
+    """A matplotlib figure of width x height inches and its axes (an array of them for several columns), without a window system."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    return plt.subplots(figsize=(width, height), layout="constrained")
+    return plt.subplots(1, columns, figsize=(width, height), layout="constrained")
+
+
+def heat_map(axes, xi, lambdas):
+    """xi (points, points) as in the paper's Figure 1: light where it is small, the box of usual coefficients in red."""
+    from matplotlib.patches import Rectangle
+    limit, half = lambdas[-1], (lambdas[1] - lambdas[0]) / 2
+    image = axes.imshow(xi.T, origin="lower", extent=(-limit - half, limit + half) * 2, cmap="Blues", vmin=0, vmax=2)
+    axes.add_patch(Rectangle((-1, -1), 2, 2, fill=False, edgecolor="red", linewidth=1.5))
+    return image
 
 
 def save_figure(path, fig):

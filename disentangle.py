@@ -78,7 +78,7 @@ def main(args):
         done[name] = {"limit": args.limit, "points": args.points, "samples": [len(images[a].rows), len(images[b].rows)],
                       "mean_xi_in_box": float(xi[np.ix_(inside, inside)].mean()), "xi_at_origin": float(xi[args.points // 2, args.points // 2]),
                       "max_xi": float(xi.max()), "seconds": seconds, "vectors": [vectors[a][1]["sha256"], vectors[b][1]["sha256"]]}
-        draw(folder / args.recipe / "disentangle" / f"{name}.png", xi, args.limit, a, b, f"{args.encoder}, {args.recipe}")
+        draw(folder / args.recipe / "disentangle" / f"{name}.png", xi, lambdas, a, b, f"{args.encoder}, {args.recipe}")
         files.write_json(path, result)
         print(f"disentangle {name}: mean xi in [-1, 1]^2 {done[name]['mean_xi_in_box']:.4f}, at the origin {done[name]['xi_at_origin']:g}, "
               f"n = {done[name]['samples']}, {seconds:.1f} s", flush=True)
@@ -133,13 +133,9 @@ def error_grid(evaluator, images, heads, single, lambdas):
     return xi
 
 
-def draw(path, xi, limit, a, b, title):
-    """The heat map of Figure 1: light where xi is small, the box of usual coefficients in red."""
-    from matplotlib.patches import Rectangle
+def draw(path, xi, lambdas, a, b, title):
     fig, axes = common.figure(4.6, 4.0)
-    half = limit / (len(xi) - 1)
-    image = axes.imshow(xi.T, origin="lower", extent=(-limit - half, limit + half) * 2, cmap="Blues", vmin=0, vmax=2)
-    axes.add_patch(Rectangle((-1, -1), 2, 2, fill=False, edgecolor="red", linewidth=1.5))
+    image = common.heat_map(axes, xi, lambdas)
     axes.set(xlabel=f"lambda of {a}", ylabel=f"lambda of {b}", title=title)
     fig.colorbar(image, ax=axes, label="disentanglement error xi, 0 to 2")
     common.save_figure(path, fig)

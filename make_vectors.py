@@ -1,18 +1,22 @@
 """
-Task vectors tau_t = theta_t - theta_pre, their size and the angles between them.
+Task vectors tau_t = theta_t - theta_pre: their size, the angles between them, and the overlap of their subspaces.
 
     python make_vectors.py vit_b16_dino
     python make_vectors.py tiny --recipe aligned
 
 Reads   runs/ENCODER/pretrained.safetensors, RECIPE/finetuned/TASK.safetensors (finetune.py)
-Writes  runs/ENCODER/RECIPE/vectors/TASK.safetensors, vectors.json, vectors.png
-Source  arXiv:2511.14569 section 2; the cosine matrix follows Ilharco et al., arXiv:2212.04089
+Writes  runs/ENCODER/RECIPE/vectors/TASK.safetensors, vectors.json, vectors.png, overlap.png
+Source  arXiv:2511.14569 section 2; the cosine matrix follows Ilharco et al., arXiv:2212.04089. Overlap of two tasks in one layer:
+        |U_a^T U_b|^2 / k for the k leading singular directions of the layer's two updates, on the shorter side of the matrix;
+        1 for the same subspace, k / d on average for random ones (d the length of that side)
 """
 import torch
 
 import common
 import encoders
 import files
+
+RANK = 8  # singular directions compared per layer
 
 
 def parse_args(argv=None):
@@ -27,11 +31,13 @@ def main(args):
     recipe_folder, finetune = folder / args.recipe, f"python finetune.py {args.encoder} --recipe {args.recipe}"
     for name in names:
         files.require(recipe_folder / "finetuned" / f"{name}.safetensors", finetune)
-    encoder = encoders.load_encoder(args)
+    encoder, device = encoders.load_encoder(args), common.pick_device(args.device)
     theta_pre = encoders.weights_of(encoder.module)
 
     # ------------------------------------------------------------------ tau_t, one task at a time
     norm, relative_norm, layers, directions, sources = {}, {}, {}, [], {}
+    matrices = [key for key, tensor in theta_pre.items() if tensor.ndim == 2 and min(tensor.shape) >= 2 * RANK]
+    subspaces = {key: [] for key in matrices}
     for name in names:
         theta_t, about = files.load_tensors(recipe_folder / "finetuned" / f"{name}.safetensors", finetune,
                                             theta_pre=encoder.theta_pre, recipe=args.recipe)
@@ -42,15 +48,28 @@ def main(args):
         layers[name] = {layer: length(pick(tau_t, layer)) / length(pick(theta_pre, layer)) for layer in layer_names(theta_pre)}
         directions.append(torch.cat([tau_t[key].flatten() for key in theta_pre]) / norm[name])
         sources[name] = about["sha256"]
+        for key in matrices:
+            subspaces[key].append(leading_directions(tau_t[key].to(device if device.type == "cuda" else "cpu"), RANK))
         print(f"vector {name}: norm {norm[name]:.4f}, relative to theta_pre {relative_norm[name]:.2e}", flush=True)
     cosine = [[float(a @ b) for b in directions] for a in directions]
+    per_layer = {key: [[float((a.T @ b).square().sum() / RANK) for b in bases] for a in bases] for key, bases in subspaces.items()}
+    overlap = [[common.mean(per_layer[key][i][j] for key in matrices) for j in range(len(names))] for i in range(len(names))]
+    by_chance = common.mean(RANK / min(theta_pre[key].shape) for key in matrices)
 
     # ------------------------------------------------------------------ results, made anew each time: they cost seconds
     config = {"encoder": args.encoder, "theta_pre": encoder.theta_pre, "recipe": args.recipe, "finetuned": sources}
-    result = {"config": config, "machine": files.machine(common.pick_device(args.device)), "tasks": names, "norm": norm,
-              "relative_norm": relative_norm, "relative_norm_per_layer": layers, "cosine": cosine}
+    result = {"config": config, "machine": files.machine(device), "tasks": names, "norm": norm, "relative_norm": relative_norm,
+              "relative_norm_per_layer": layers, "cosine": cosine, "subspace_rank": RANK, "subspace_overlap": overlap,
+              "subspace_overlap_by_chance": by_chance, "subspace_overlap_per_layer": per_layer}
     files.write_json(recipe_folder / "vectors.json", result)
-    draw(recipe_folder / "vectors.png", names, cosine, f"{args.encoder}, {args.recipe}")
+    draw(recipe_folder / "vectors.png", names, cosine, f"cosine of task vectors\n{args.encoder}, {args.recipe}")
+    draw(recipe_folder / "overlap.png", names, overlap, f"overlap of rank-{RANK} subspaces, {by_chance:.2f} by chance\n{args.encoder}, {args.recipe}")
+
+
+def leading_directions(matrix, rank):
+    """(d, rank) orthonormal: the leading singular directions of a matrix on its shorter side, d long."""
+    matrix = matrix.double() if len(matrix) <= len(matrix.T) else matrix.double().T
+    return torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -rank:]    # eigenvalues ascend
 
 
 def length(tensors):
@@ -67,16 +86,16 @@ def pick(theta, layer):
     return {key: tensor for key, tensor in theta.items() if key == layer or key.startswith(layer + ".")}
 
 
-def draw(path, names, cosine, title):
-    """The cosine similarity of every pair of task vectors as a matrix with its numbers."""
+def draw(path, names, matrix, title):
+    """A matrix over tasks, values 0 to 1, with its numbers."""
     fig, axes = common.figure(1.6 + 0.62 * len(names), 1.1 + 0.62 * len(names))
-    image = axes.imshow(cosine, cmap="Blues", vmin=0, vmax=1)
-    for row, values in enumerate(cosine):
+    image = axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1)
+    for row, values in enumerate(matrix):
         for column, value in enumerate(values):
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if value > 0.6 else "black")
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
     axes.set_yticks(range(len(names)), names)
-    axes.set_title(f"cosine of task vectors\n{title}", fontsize=10)
+    axes.set_title(title, fontsize=10)
     fig.colorbar(image, ax=axes, fraction=0.046)
     common.save_figure(path, fig)
 

@@ -3,7 +3,7 @@ Task addition: theta_pre + lambda * sum_t tau_t, lambda picked on validation, th
 
     python merge_eval.py vit_b16_dino
     python merge_eval.py tiny --lambda-max 0.2                   # 21 values again, but on a finer grid
-    python merge_eval.py tiny --subsets 5 --images-per-task 500  # merges of 1, 2, ... tasks: at most five of each size
+    python merge_eval.py tiny --subsets 5 --images-per-task 500  # merges of 1, 2, ... tasks: all pairs, five of each larger size
 
 Reads   runs/ENCODER/pretrained.safetensors, features/, heads/ (probe.py), RECIPE/finetune.json (finetune.py),
         RECIPE/vectors/TASK.safetensors (make_vectors.py)
@@ -27,7 +27,7 @@ def parse_args(argv=None):
     common.add_recipe(parser)
     parser.add_argument("--lambda-max", type=common.positive_float, default=1.0, help="largest lambda of the grid (default 1)")
     parser.add_argument("--lambdas", type=common.positive, default=21, help="values of lambda from 0 to the largest (default 21)")
-    parser.add_argument("--subsets", type=common.positive, help="merge subsets of the tasks instead: all of a size, or this many drawn with --seed")
+    parser.add_argument("--subsets", type=common.positive, help="merge subsets of the tasks instead: every pair, and of larger sizes at most this many")
     parser.add_argument("--images-per-task", type=common.positive, help="with --subsets: at most so many random validation and test images per task")
     return parser.parse_args(argv)
 
@@ -162,11 +162,12 @@ def scale(args, folder, sources, encoder, finetuned, lambdas):
 
 
 def choose_subsets(names, per_size, seed):
-    """Every subset of every size where there are at most `per_size`, else that many of them drawn without replacement."""
+    """Every single task and pair (pairs are also compared by their vectors' angle), and of each larger size every subset, or
+    `per_size` of them drawn without replacement where there are more."""
     rng, chosen = np.random.default_rng(seed), []
     for size in range(1, len(names) + 1):
         every = list(itertools.combinations(names, size))
-        chosen += every if len(every) <= per_size else [every[i] for i in sorted(rng.choice(len(every), per_size, replace=False))]
+        chosen += every if size <= 2 or len(every) <= per_size else [every[i] for i in sorted(rng.choice(len(every), per_size, replace=False))]
     return chosen
 
 

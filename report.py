@@ -1,100 +1,281 @@
 """
-The study's tables over everything in runs/, beside the published numbers, with the pictures.
+Every table and figure over everything in runs/, ours beside the published numbers.
 
-    python report.py                                             # all encoders found in runs/
+    python report.py                                             # all encoders and recipes found in runs/
     python report.py --runs elsewhere
 
-Reads   runs/*/probe.json, aligned/finetune.json, aligned/merge.json, aligned/disentangle.json and their pictures
-Writes  runs/report/report.md
-Source  arXiv:2511.14569 Table 1
+Reads   runs/*/probe.json, runs/*/RECIPE/*.json, the heat maps' A-B.npz
+Writes  runs/report/report.md, report.html (one self-contained page), *.png
+Source  arXiv:2511.14569 Tables 1, 3, 4 and Figures 1 to 9
 """
 import argparse
+import base64
+import html
 import os
 from pathlib import Path
+
+import numpy as np
 
 import common
 import files
 
-# arXiv:2511.14569 Table 1, percent: probing, single task, addition absolute, addition normalized; then lambda
-PAPER_TABLE_1 = {
-    "vit_b16_sup_in1k": (72.1, 90.0, 73.8, 82.0, 0.05),
-    "vit_b16_sup_in21k": (80.7, 91.7, 81.7, 89.3, 0.05),
-    "vit_b16_mae": (62.8, 84.5, 63.1, 73.0, 0.05),
-    "vit_b16_dino": (82.2, 90.6, 82.2, 90.9, 0.00),
-    "vit_b16_clip_laion400m": (86.3, 92.9, 89.8, 94.9, 0.10),
-    "vit_b16_clip_laion2b": (86.0, 92.6, 89.6, 94.5, 0.15),
-    "vit_l16_sup_in21k": (80.3, 92.2, 83.4, 90.8, 0.05),
-    "vit_l14_clip_laion2b": (90.8, 95.8, 92.6, 96.7, 0.15),
+# Published averages over the paper's eight tasks, percent; the last column is lambda. None: not legible in the source.
+PAPER = {
+    "aligned": ("Table 1", ["probing", "single task", "addition", "normalized", "lambda"], {
+        "vit_b16_sup_in1k": (72.1, 90.0, 73.8, 82.0, 0.05), "vit_b16_sup_in21k": (80.7, 91.7, 81.7, 89.3, 0.05),
+        "vit_b16_mae": (62.8, 84.5, 63.1, 73.0, 0.05), "vit_b16_dino": (82.2, 90.6, 82.2, 90.9, 0.00),
+        "vit_b16_clip_laion400m": (86.3, 92.9, 89.8, 94.9, 0.10), "vit_b16_clip_laion2b": (86.0, 92.6, 89.6, 94.5, 0.15),
+        "vit_l16_sup_in21k": (80.3, 92.2, 83.4, 90.8, 0.05), "vit_l14_clip_laion2b": (90.8, 95.8, 92.6, 96.7, 0.15)}),
+    "full": ("Table 3", [None, "single task", "addition", "normalized", "lambda"], {
+        "vit_b16_sup_in1k": (None, 87.9, 44.5, 46.5, 0.35), "vit_b16_sup_in21k": (None, 90.2, 55.5, 58.5, 0.25),
+        "vit_b16_mae": (None, 82.1, 25.3, 26.9, 0.25), "vit_b16_dino": (None, 87.9, 27.9, 28.8, 0.25),
+        "vit_b16_clip_laion400m": (None, 91.6, 45.8, 47.1, 0.30), "vit_b16_clip_laion2b": (None, 92.0, 47.0, 48.2, 0.30),
+        "vit_l16_sup_in21k": (None, 90.9, 59.9, 62.2, 0.25), "vit_l14_clip_laion2b": (None, 94.1, 70.9, 72.9, 0.40)}),
+    "zeroshot": ("Table 4, encoder", ["zero-shot", "single task", "addition", "normalized", "lambda"], {
+        "vit_b16_clip_laion2b": (54.42, 91.36, 72.36, None, None)}),
+    "zeroshot-full": ("Table 4, full", ["zero-shot", "single task", "addition", "normalized", "lambda"], {
+        "vit_b16_clip_laion2b": (54.42, 91.63, 71.16, 75.89, 0.25)}),
 }
+WHAT_MAKES = {"finetune.json": "finetune.py", "vectors.json": "make_vectors.py", "merge.json": "merge_eval.py",
+              "disentangle.json": "disentangle.py", "scaling.json": "merge_eval.py --subsets"}
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(files.complain(parser.prog, message))
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of results (default runs)")
     return parser.parse_args(argv)
 
 
 def main(args):
-    # ------------------------------------------------------------------ what is there
-    merges = {}
-    for path in sorted(args.runs.glob("*/aligned/merge.json")):
-        merge = files.read_json(path, "python merge_eval.py ENCODER")
-        merges[path.parent.parent] = merge
-    if not merges:
-        raise files.Refused(f'{args.runs}/*/aligned/merge.json: none found, run "bash run_all.sh" or "python merge_eval.py ENCODER" first')
-    out = args.runs / "report"
+    # ------------------------------------------------------------------ what is there: {(encoder, recipe): {file: result}}
+    found, probes, folders = {}, {}, {}
+    for path in sorted(args.runs.glob("*/probe.json")):
+        probe = files.read_json(path, "python probe.py ENCODER")
+        probes[probe["encoder"]], folders[probe["encoder"]] = probe, path.parent
+        for recipe in common.RECIPES:
+            results = {name: files.read_json(path.parent / recipe / name, f"python {script} {probe['encoder']} --recipe {recipe}")
+                       for name, script in WHAT_MAKES.items() if (path.parent / recipe / name).exists()}
+            if results:
+                found[probe["encoder"], recipe] = results
+    if not probes:
+        raise files.Refused(f'no results in {args.runs} ({args.runs}/*/probe.json): run "bash run_all.sh" or "python probe.py ENCODER" first')
+    merges = {key: results["merge.json"] for key, results in found.items() if "merge.json" in results}
+    out, blocks = args.runs / "report", [("heading", "Task addition in closed-vocabulary vision models")]
 
-    # ------------------------------------------------------------------ Table 1
-    lines = ["# Task addition in closed-vocabulary vision models", "", "## Table 1: probing, single task, task addition (aligned)", "",
-             "Test accuracy in percent, mean over tasks; normalized is the mean over tasks of merged / single-task accuracy.", "",
-             "| encoder | | tasks | n | probing | single task | addition | normalized | lambda |", "|---|---|---|---|---|---|---|---|---|"]
-    for merge in merges.values():
-        name, at_zero, test = merge["config"]["encoder"], merge["test_lambda0"], merge["test"]
-        tasks, ours = merge["config"]["tasks"], (at_zero["absolute"], common.mean(merge["single_task"].values()), test["absolute"], test["normalized"])
-        lines.append(f"| {name} | ours | {len(tasks)} | {sum(test['n'].values())} | " + " | ".join(f"{100 * value:.1f}" for value in ours) + f" | {merge['best_lambda']:g} |")
-        if name in PAPER_TABLE_1:
-            *published, lam = PAPER_TABLE_1[name]
-            lines.append("| | paper | 8 | | " + " | ".join(f"{value:.1f}" for value in published) + f" | {lam:g} |")
-            if set(tasks) == set(common.TASKS):
-                lines.append("| | difference | | | " + " | ".join(f"{100 * mine - theirs:+.1f}" for mine, theirs in zip(ours, published)) + f" | {merge['best_lambda'] - lam:+g} |")
+    # ------------------------------------------------------------------ the tables of accuracies, ours and the paper's
+    tables = []
+    for recipe, (paper_table, columns, published) in PAPER.items():
+        header = ["encoder", "", "tasks", "n", *[column for column in columns if column]]
+        rows = []
+        for (encoder, other), merge in merges.items():
+            if other == recipe:
+                rows += accuracy_rows(encoder, merge, found[encoder, recipe].get("finetune.json"), recipe, columns, published.get(encoder))
+        if rows:
+            table = [("heading2", f"{recipe}: {', '.join(column for column in columns if column)} (arXiv:2511.14569 {paper_table})"), ("table", header, rows)]
+            tables += table
+    if tables:
+        blocks += [("text", "Test accuracy in percent, mean over tasks, n test images in all; normalized is the mean over tasks of merged / single-task accuracy.")]
+    blocks += tables
 
-    # ------------------------------------------------------------------ one section for each encoder
+    # ------------------------------------------------------------------ figures over all encoders and recipes
     pictures = []
-    for folder, merge in merges.items():
-        probe = files.read_json(folder / "probe.json", f"python probe.py {merge['config']['encoder']}")
-        finetune = files.read_json(folder / "aligned" / "finetune.json", f"python finetune.py {merge['config']['encoder']}")
-        lines += ["", f"## {merge['config']['encoder']}", "", how_obtained(merge, probe, finetune), "",
-                  "| task | classes | n | probing | single task | addition | normalized |", "|---|---|---|---|---|---|---|"]
-        for task in merge["config"]["tasks"]:
-            single, added = merge["single_task"][task], merge["test"]["tasks"][task]
-            lines.append(f"| {task} | {probe['tasks'][task]['classes']} | {merge['test']['n'][task]} | {100 * merge['test_lambda0']['tasks'][task]:.1f} | "
-                         f"{100 * single:.1f} | {100 * added:.1f} | {100 * added / single:.1f} |")
-        found = [folder / "aligned" / "merge.png", *sorted((folder / "aligned" / "disentangle").glob("*.png")), folder / "aligned" / "vectors.png"]
-        pictures += [path for path in found if path.exists()]
-        lines += [""] + [f"![{path.stem}]({Path(os.path.relpath(path, out)).as_posix().replace(':', '%3A')})" for path in found if path.exists()]
-        disentangled = folder / "aligned" / "disentangle.json"
-        if disentangled.exists():
-            grids = files.read_json(disentangled, f"python disentangle.py {merge['config']['encoder']}")["pairs"]
-            lines += ["", "| pair | grid | images | mean xi in [-1, 1]^2 | xi at the origin | largest xi |", "|---|---|---|---|---|---|"]
-            lines += [f"| {pair} | {grid['points']} x {grid['points']} on [-{grid['limit']:g}, {grid['limit']:g}] | {' + '.join(map(str, grid['samples']))} | "
-                      f"{grid['mean_xi_in_box']:.3f} | {grid['xi_at_origin']:g} | {grid['max_xi']:.2f} |" for pair, grid in grids.items()]
+    if merges:
+        pictures.append((draw_curves(out / "curves.png", merges), "Normalized validation accuracy against lambda; lambda = 0 is probing where the head is probed."))
+    scalings = {key: results["scaling.json"] for key, results in found.items() if "scaling.json" in results}
+    if scalings:
+        pictures.append((draw_scalings(out / "scaling.png", scalings), "Normalized test accuracy against the number of merged tasks, lambda picked for each subset."))
+        similarity = {key: pair_similarity(scalings[key], found[key]["vectors.json"]) for key in scalings if "vectors.json" in found[key]}
+        if any(similarity.values()):
+            pictures.append((draw_similarity(out / "pairs.png", similarity), "Merging two tasks: normalized accuracy against the cosine of the two vectors."))
+    for pair in sorted({pair for results in found.values() for pair in results.get("disentangle.json", {"pairs": {}})["pairs"]}):
+        grids = {key: folders[key[0]] / key[1] / "disentangle" / f"{pair}.npz" for key, results in found.items()
+                 if pair in results.get("disentangle.json", {"pairs": {}})["pairs"]}
+        if len(grids) > 1:
+            pictures.append((draw_panels(out / f"disentangle-{pair}.png", pair, grids), f"Disentanglement error of {pair}, one colour scale."))
+    if pictures:
+        blocks.append(("heading2", "All encoders and recipes together"))
+        for path, caption in pictures:
+            blocks += [("picture", path), ("text", caption)]
+
+    # ------------------------------------------------------------------ cost of two stages against full fine-tuning
+    rows = [cost_row(encoder, recipe, results["finetune.json"], probes[encoder]) for (encoder, recipe), results in found.items() if "finetune.json" in results]
+    if rows:
+        blocks += [("heading2", "Cost"), ("text", "Aligned counts probing too: features of every image once, then the heads. Seconds are those of the machine named below."),
+                   ("table", ["encoder", "recipe", "tasks", "probing, s", "fine-tuning, s", "images trained on", "parameters trained per task"], rows)]
+
+    # ------------------------------------------------------------------ one section for each encoder and recipe
+    for (encoder, recipe), results in found.items():
+        blocks += [("heading2", f"{encoder}, {recipe}"), *section(folders[encoder] / recipe, probes[encoder], results)]
+
+    # ------------------------------------------------------------------ what is missing
+    missing = [[encoder, recipe, f"python {script} {encoder} --recipe {recipe}" + (" 5" if "subsets" in script else "")]
+               for (encoder, recipe), results in found.items() for name, script in WHAT_MAKES.items() if name not in results]
+    missing += [[encoder, "aligned", f"python finetune.py {encoder}"] for encoder in probes if (encoder, "aligned") not in found]
+    if missing:
+        blocks += [("heading2", "Not there yet"), ("table", ["encoder", "recipe", "the command that makes it"], missing)]
 
     # ------------------------------------------------------------------ results
     with files.replacing(out / "report.md") as temporary:
-        temporary.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines[4:8 + sum(3 for _ in merges)]))
-    for path in [*pictures, out / "report.md"]:
+        temporary.write_text(as_markdown(blocks, out))
+    with files.replacing(out / "report.html") as temporary:
+        temporary.write_text(as_html(blocks))
+    for kind, *rest in tables:
+        print(f"\n{rest[0]}" if kind == "heading2" else table_text(*rest))
+    print()
+    for path in dict.fromkeys([block[1] for block in blocks if block[0] == "picture"] + [out / "report.md", out / "report.html"]):
         print(path)
 
 
-def how_obtained(merge, probe, finetune):
-    """One paragraph: settings, seed, device, versions."""
-    config, machine = finetune["config"], finetune["machine"]
-    seconds = sum(row["seconds"] for row in finetune["tasks"].values())
-    return (f"{config['image_size']} pixels; probing {probe['config']['steps']} steps at learning rate {probe['lr']:g}; fine-tuning {config['steps']} steps of "
-            f"{config['batch_size']} at {finetune['lr']:g} ({seconds / 60:.1f} min for {len(finetune['tasks'])} tasks); lambda picked from {len(merge['lambdas'])} values "
-            f"on {sum(merge['val']['n'].values())} validation images; seed {config['seed']}; forward pass in {merge['config']['dtype']}; {machine['device']}, "
-            f"torch {machine['torch']}, timm {machine['timm']}, {merge['machine']['date']}.")
+def percent(value):
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def accuracy_rows(encoder, merge, finetune, recipe, columns, published):
+    """Ours, the paper's, and their difference where the tasks are the paper's eight."""
+    names, test = merge["config"]["tasks"], merge["test"]
+    first = merge["test_lambda0"]["absolute"] if recipe in ("aligned", "zeroshot") else None
+    if recipe == "zeroshot-full" and finetune:
+        first = common.mean(finetune["tasks"][name]["zero_shot"] for name in names)
+    ours = [first, common.mean(merge["single_task"].values()), test["absolute"], test["normalized"]]
+    used = [index for index, column in enumerate(columns[:-1]) if column]
+    rows = [[encoder, "ours", len(names), sum(test["n"].values()), *[percent(ours[i]) for i in used], f"{merge['best_lambda']:g}"]]
+    if published:
+        rows.append(["", "paper", 8, "", *["" if published[i] is None else f"{published[i]:.1f}" for i in used], "" if published[-1] is None else f"{published[-1]:g}"])
+        if set(names) == set(common.TASKS):
+            rows.append(["", "difference", "", "", *["" if published[i] is None or ours[i] is None else f"{100 * ours[i] - published[i]:+.1f}" for i in used],
+                         "" if published[-1] is None else f"{merge['best_lambda'] - published[-1]:+g}"])
+    return rows
+
+
+def cost_row(encoder, recipe, finetune, probe):
+    rows, config = finetune["tasks"], finetune["config"]
+    probing = sum(probe["tasks"][name]["seconds"] + probe["tasks"][name]["feature_seconds"] for name in rows if name in probe["tasks"]) if recipe == "aligned" else None
+    return [encoder, recipe, len(rows), "" if probing is None else f"{probing:.0f}", f"{sum(row['seconds'] for row in rows.values()):.0f}",
+            len(rows) * config["steps"] * config["batch_size"], f"{max(row['trainable_params'] for row in rows.values()):,}"]
+
+
+def section(folder, probe, results):
+    """Blocks of one encoder under one recipe: how it was obtained, accuracies per task, disentanglement, pictures."""
+    blocks, merge, finetune = [], results.get("merge.json"), results.get("finetune.json")
+    if finetune:
+        config, where = finetune["config"], finetune["machine"]
+        blocks.append(("text", f"{config['image_size']} pixels; probing {probe['config']['steps']} steps at learning rate {probe['lr']:g}; fine-tuning {config['steps']} steps of "
+                               f"{config['batch_size']} at {finetune['lr']:g}{' (searched)' if config['lr'] == 'search' else ''}; seed {config['seed']}; "
+                               f"{where['device']}, {where['threads']} threads, torch {where['torch']}, timm {where['timm']}, {where['date']}."))
+    if merge:
+        blocks.append(("text", f"lambda picked from {len(merge['lambdas'])} values on {sum(merge['val']['n'].values())} validation images, forward pass in {merge['config']['dtype']}."))
+        rows = []
+        for task in merge["config"]["tasks"]:
+            single, added = merge["single_task"][task], merge["test"]["tasks"][task]
+            rows.append([task, merge["test"]["n"][task], percent(merge["test_lambda0"]["tasks"][task]), percent(single), percent(added), percent(added / single)])
+        blocks.append(("table", ["task", "n", "lambda = 0", "single task", "addition", "normalized"], rows))
+    if "vectors.json" in results:
+        vectors = results["vectors.json"]
+        off = [vectors["cosine"][i][j] for i in range(len(vectors["tasks"])) for j in range(i)]
+        overlap = [vectors["subspace_overlap"][i][j] for i in range(len(vectors["tasks"])) for j in range(i)]
+        if off:
+            blocks.append(("text", f"Task vectors: norm {min(vectors['relative_norm'].values()):.1e} to {max(vectors['relative_norm'].values()):.1e} of theta_pre's; cosine of two tasks "
+                                   f"{common.mean(off):.3f} on average, {max(off):.3f} at most; overlap of their rank-{vectors['subspace_rank']} subspaces {common.mean(overlap):.3f}, "
+                                   f"{vectors['subspace_overlap_by_chance']:.3f} by chance."))
+    if "disentangle.json" in results:
+        rows = [[pair, f"{grid['points']} x {grid['points']} on [-{grid['limit']:g}, {grid['limit']:g}]", " + ".join(map(str, grid["samples"])), f"{grid['mean_xi_in_box']:.3f}",
+                 f"{grid['xi_at_origin']:g}", f"{grid['max_xi']:.2f}"] for pair, grid in results["disentangle.json"]["pairs"].items()]
+        blocks.append(("table", ["pair", "grid", "images", "mean xi in [-1, 1]^2", "xi at the origin", "largest xi"], rows))
+    pictures = [folder / "merge.png", folder / "scaling.png", *sorted((folder / "disentangle").glob("*.png")), folder / "vectors.png", folder / "overlap.png"]
+    return blocks + [("picture", path) for path in pictures if path.exists()]
+
+
+# ---------------------------------------------------------------------------------------------- figures
+
+
+def draw_curves(path, merges):
+    fig, axes = common.figure(7.6, 4.4)
+    for (encoder, recipe), merge in merges.items():
+        line, = axes.plot(merge["lambdas"], merge["val"]["normalized"], marker=".", linestyle="-" if recipe == "aligned" else "--", label=f"{encoder}, {recipe}")
+        axes.plot(merge["best_lambda"], max(merge["val"]["normalized"]), marker="*", markersize=12, color=line.get_color())
+    axes.axvline(0, color="grey", linewidth=0.8)
+    axes.set(xlabel="scaling coefficient lambda (0: probing)", ylabel="mean normalized validation accuracy", ylim=(0, 1.03))
+    fig.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncol=2)
+    common.save_figure(path, fig)
+    return path
+
+
+def draw_scalings(path, scalings):
+    fig, axes = common.figure(6.4, 4.4)
+    for (encoder, recipe), scaling in scalings.items():
+        rows = scaling["subsets"]
+        sizes = sorted({len(row["tasks"]) for row in rows})
+        line, = axes.plot(sizes, [common.mean(row["normalized"] for row in rows if len(row["tasks"]) == size) for size in sizes], label=f"{encoder}, {recipe}")
+        axes.plot([len(row["tasks"]) for row in rows], [row["normalized"] for row in rows], ".", alpha=0.4, color=line.get_color())
+    axes.set(xlabel="number of merged tasks", ylabel="normalized test accuracy", ylim=(0, 1.05))
+    fig.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncol=2)
+    common.save_figure(path, fig)
+    return path
+
+
+def pair_similarity(scaling, vectors):
+    """[(cosine, normalized accuracy)] of every merged pair of tasks."""
+    place = {name: index for index, name in enumerate(vectors["tasks"])}
+    return [(vectors["cosine"][place[row["tasks"][0]]][place[row["tasks"][1]]], row["normalized"])
+            for row in scaling["subsets"] if len(row["tasks"]) == 2 and set(row["tasks"]) <= set(place)]
+
+
+def draw_similarity(path, similarity):
+    fig, axes = common.figure(6.4, 4.4)
+    for (encoder, recipe), points in similarity.items():
+        if points:
+            axes.plot(*zip(*points), "o", alpha=0.6, label=f"{encoder}, {recipe}, {len(points)} pairs")
+    axes.set(xlabel="cosine of the two task vectors", ylabel="normalized test accuracy of the merged pair")
+    fig.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncol=2)
+    common.save_figure(path, fig)
+    return path
+
+
+def draw_panels(path, pair, grids):
+    """The same pair's heat map for every encoder and recipe, on one colour scale."""
+    fig, panels = common.figure(3.2 * len(grids) + 0.8, 3.4, len(grids))
+    for axes, ((encoder, recipe), grid) in zip(panels, grids.items()):
+        with np.load(grid, allow_pickle=False) as arrays:
+            image = common.heat_map(axes, arrays["xi"], arrays["lambdas"])
+        axes.set_title(f"{encoder}\n{recipe}", fontsize=8)
+    fig.colorbar(image, ax=panels, label=f"xi of {pair}")
+    common.save_figure(path, fig)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------- pages
+
+
+def table_text(header, rows):
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def as_markdown(blocks, out):
+    lines = []
+    for kind, *rest in blocks:
+        if kind == "picture":
+            link = Path(os.path.relpath(rest[0], out)).as_posix().replace(":", "%3A").replace(" ", "%20")
+            lines.append(f"![{rest[0].stem}]({link})")
+        else:
+            lines.append({"heading": "# {}", "heading2": "## {}", "text": "{}"}[kind].format(rest[0]) if kind != "table" else table_text(*rest))
+    return "\n\n".join(lines) + "\n"
+
+
+def as_html(blocks):
+    """One page with its pictures inside."""
+    parts = ["<!doctype html><meta charset='utf-8'><title>Task addition</title><style>body{font:15px sans-serif;max-width:60em;margin:2em auto}"
+             "table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #ccc;padding:.2em .6em;text-align:right}img{max-width:100%}</style>"]
+    for kind, *rest in blocks:
+        if kind == "picture":
+            parts.append(f"<img alt='{html.escape(rest[0].stem)}' src='data:image/png;base64,{base64.b64encode(rest[0].read_bytes()).decode()}'>")
+        elif kind == "table":
+            cells = [[f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row] for tag, row in [("th", rest[0]), *(("td", row) for row in rest[1])]]
+            parts.append("<table>" + "".join(f"<tr>{''.join(row)}</tr>" for row in cells) + "</table>")
+        else:
+            tag = {"heading": "h1", "heading2": "h2", "text": "p"}[kind]
+            parts.append(f"<{tag}>{html.escape(rest[0])}</{tag}>")
+    return "\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":
