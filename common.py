@@ -529,7 +529,10 @@ def predict(features, head):
 
 
 def normalized_accuracy(accuracy, single_task):
-    """Mean over tasks of accuracy / single-task accuracy; dicts {task: fraction} (arXiv:2511.14569 appendix E)."""
+    """Mean over tasks of accuracy / single-task accuracy; dicts {task: fraction} (arXiv:2511.14569 appendix E). Refused where one is 0."""
+    for task in accuracy:
+        if single_task[task] == 0:
+            raise Refused(f"task {task}: its single-task accuracy is 0, so there is no normalized accuracy; fine-tune it longer or leave it out of --tasks")
     return sum(accuracy[task] / single_task[task] for task in accuracy) / len(accuracy)
 
 

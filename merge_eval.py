@@ -142,15 +142,16 @@ def scale(args, folder, sources, encoder, finetuned, lambdas):
         member = [float(name in subset) for name in names]
         settings = [tuple(lam * m for m in member) for lam in lambdas[1:]]
         counted = evaluator.hits([splits[name]["val"] for name in subset], [heads[name] for name in subset], settings)
-        curve = [common.mean(at_zero[name, "val"] / single[name, "val"] for name in subset)]
-        curve += [common.mean(counts[k] / n[name]["val"] / single[name, "val"] for name, counts in zip(subset, counted)) for k in range(len(settings))]
+        alone = {split: {name: single[name, split] for name in subset} for split in ("val", "test")}
+        curve = [common.normalized_accuracy({name: at_zero[name, "val"] for name in subset}, alone["val"])]
+        curve += [common.normalized_accuracy({name: counts[k] / n[name]["val"] for name, counts in zip(subset, counted)}, alone["val"]) for k in range(len(settings))]
         best = int(np.argmax(curve))
         accuracy = {name: at_zero[name, "test"] for name in subset}
         if best > 0:
             counted = evaluator.hits([splits[name]["test"] for name in subset], [heads[name] for name in subset], [settings[best - 1]])
             accuracy = {name: counts[0] / n[name]["test"] for name, counts in zip(subset, counted)}
         rows.append({"tasks": list(subset), "best_lambda": lambdas[best], "absolute": common.mean(accuracy.values()),
-                     "normalized": common.normalized_accuracy(accuracy, {name: single[name, "test"] for name in subset})})
+                     "normalized": common.normalized_accuracy(accuracy, alone["test"])})
         result["images_per_task"] = n
         files.write_json(path, result)
 

@@ -151,13 +151,19 @@ def test_without_a_network_what_is_wanted_and_how_to_give_it_is_said_at_once(tmp
     assert not list((tmp_path / "runs").rglob("*.*"))
 
 
-def test_without_a_network_tiny_works_and_a_hub_task_says_what_it_wanted(study, tmp_path):
+def test_without_a_network_tiny_works_and_a_hub_task_says_what_it_wanted(study, tmp_path, monkeypatch):
     import shutil
+
+    import datasets
+    import huggingface_hub
+    from test_bad_input import refuse
     runs = shutil.copytree(study, tmp_path / "runs")
     environment = client_environment("http://127.0.0.1:9", tmp_path / "home")
-    finished = stage(sys.executable, "probe.py", "tiny", "--runs", runs, "--tasks", "letters,svhn", "--probe-steps", "300", env=environment)
-    assert finished.returncode == 2
-    assert "ufldl-stanford/svhn" in finished.stderr and "--data DIR" in finished.stderr
+    with monkeypatch.context() as offline:
+        offline.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        offline.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        message = refuse("probe", "tiny", "--runs", runs, "--tasks", "letters,svhn", "--probe-steps", "300")
+    assert "ufldl-stanford/svhn" in message and "--data DIR" in message and "ConnectionError" in message
     finished = stage(sys.executable, "probe.py", "tiny", "--runs", runs, "--tasks", "letters", "--probe-steps", "300", env=environment)
     assert finished.returncode == 0, finished.stderr
 
