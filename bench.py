@@ -26,7 +26,7 @@ import files
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = files.flag_parser(__doc__)
     add = parser.add_argument
     add("encoder", nargs="?", default="timm:vit_tiny_patch16_224", help="timm:NAME (default timm:vit_tiny_patch16_224)")
     add("--image-size", type=common.positive, default=128, help="pixels (default 128)")

@@ -31,15 +31,14 @@ from tqdm import tqdm
 
 import tiny
 from encoders import ENCODERS, weights_of
-from files import Refused, complain, file_metadata, fingerprint, go_offline_if_unreachable, load_tensors, replacing, save_tensors
+from files import Refused, file_metadata, fingerprint, flag_parser, go_offline_if_unreachable, load_tensors, replacing, save_tensors
 
 # ---------------------------------------------------------------------------------------------- flags and devices
 
 
 def stage_parser(docstring):
     """The flags every stage shares, spelt alike; `--help` shows the stage's docstring with its pasteable commands."""
-    parser = argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(complain(parser.prog, f"{message} (--help lists the flags)"))
+    parser = flag_parser(docstring)
     add = parser.add_argument
     add("encoder", help=f"{', '.join(ENCODERS)}, timm:NAME or open_clip:ARCH/TAG")
     add("--tasks", help="comma-separated; NAME of a known task or of a folder in --data, or NAME=HUB_ID_OR_FOLDER "

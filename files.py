@@ -3,6 +3,7 @@ Refusals, and files that are whole: safetensors with their own checksum, JSON re
 
     from files import Refused, load_tensors, open_result, save_tensors, write_json
 """
+import argparse
 import contextlib
 import datetime
 import errno
@@ -39,6 +40,13 @@ def run(main, parse_args):
     except KeyboardInterrupt:
         print(f"{stage}: interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
         sys.exit(130)
+
+
+def flag_parser(docstring):
+    """An argparse parser whose --help is the docstring and whose errors are one line."""
+    parser = argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(complain(parser.prog, f"{message} (--help lists the flags)"))
+    return parser
 
 
 def complain(stage, message):

@@ -8,7 +8,6 @@ Reads   runs/*/probe.json, runs/*/RECIPE/*.json, the heat maps' A-B.npz
 Writes  runs/report/report.md, report.html (one self-contained page), *.png
 Source  arXiv:2511.14569 Tables 1, 3, 4 and Figures 1 to 9
 """
-import argparse
 import base64
 import html
 import os
@@ -41,8 +40,7 @@ WHAT_MAKES = {"finetune.json": "finetune.py", "vectors.json": "make_vectors.py",
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(files.complain(parser.prog, message))
+    parser = files.flag_parser(__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of results (default runs)")
     return parser.parse_args(argv)
 

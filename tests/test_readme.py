@@ -1,0 +1,44 @@
+"""What the README and the docstrings print can be typed."""
+import importlib
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+STAGES = ["pretrain", "probe", "finetune", "make_vectors", "merge_eval", "disentangle", "report", "bench", "tiny"]
+TEXTS = ["README.md", "run_all.sh", *(f"{name}.py" for name in STAGES)]
+COMMANDS = sorted({(match[1], match[2].split("#")[0].strip()) for text in TEXTS
+                   for match in re.finditer(r"^(?:#   |    )python (\w+)\.py(.*)$", (ROOT / text).read_text(), re.M)})
+
+
+@pytest.mark.parametrize("name, words", COMMANDS)
+def test_every_printed_command_is_accepted_by_its_stage(name, words):
+    importlib.import_module(name).parse_args(shlex.split(words))
+
+
+def test_every_stage_prints_a_command():
+    assert {name for name, _ in COMMANDS} >= set(STAGES)
+
+
+def test_the_readmes_links_and_scripts_exist():
+    text = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text) + re.findall(r"`(\w+\.(?:py|sh))`", text) + re.findall(r"^    bash (\S+)", text, re.M):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_help_shows_the_docstring(name, capsys):
+    module = importlib.import_module(name)
+    with pytest.raises(SystemExit) as left:
+        module.parse_args(["--help"])
+    assert left.value.code == 0 and module.__doc__.strip().splitlines()[0] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, words", [("probe", ["tiny", "--seed", "-1"]), ("finetune", ["tiny", "--steps", "0"]), ("finetune", ["tiny", "--lr", "nan"]),
+                                         ("disentangle", ["tiny", "--limit", "x"]), ("merge_eval", ["tiny", "--lamda-max", "1"]), ("make_vectors", ["tiny", "--recipe", "magic"]), ("probe", [])])
+def test_a_wrong_flag_is_one_line_and_exit_code_2(name, words, capsys):
+    with pytest.raises(SystemExit) as left:
+        importlib.import_module(name).parse_args(words)
+    said = capsys.readouterr()
+    assert left.value.code == 2 and said.err.count("\n") == 1 and said.out == ""
