@@ -480,6 +480,9 @@ def load_vector(folder, recipe, task, encoder):
     """(tau_t {name: tensor} float32 on the CPU, metadata); Refused if it is of another encoder, recipe or probed head."""
     vector, about = load_tensors(folder / recipe / "vectors" / f"{task}.safetensors",
                                  f"python make_vectors.py {encoder.name} --recipe {recipe}", theta_pre=encoder.theta_pre, recipe=recipe)
+    tuned = folder / recipe / "finetuned" / f"{task}.safetensors"
+    if tuned.exists() and file_metadata(tuned, f"python finetune.py {encoder.name} --recipe {recipe}")["sha256"] != about["finetuned"]:
+        raise Refused(f'{folder / recipe / "vectors" / task}.safetensors is not of {tuned}: run "python make_vectors.py {encoder.name} --recipe {recipe}" first')
     path, made_by = head_file(folder, recipe, task, encoder.name)
     head, _ = load_tensors(path, made_by, theta_pre=encoder.theta_pre)
     if fingerprint(head) != about["head"]:
@@ -640,16 +643,23 @@ class Evaluator:
         return [(p == torch.from_numpy(split.labels).to(self.device)).sum(1).tolist() for p, split in zip(predicted, splits)]
 
 
-def cached_features(folder, task, evaluator):
-    """{"train", "val", "test"} -> (N, D) features under theta_pre on the evaluator's device; computed once, then read back."""
-    path, dtype = folder / "features" / f"{task.name}.safetensors", str(evaluator.dtype)[6:]
-    if not path.exists():
-        features = dict(zip(task.splits, evaluator.features(list(task.splits.values()))))
-        save_tensors(path, features, theta_pre=evaluator.encoder.theta_pre, data=task.fingerprint, dtype=dtype)
-        return features
-    features, _ = load_tensors(path, f"python probe.py {evaluator.encoder.name}", theta_pre=evaluator.encoder.theta_pre,
-                               data=task.fingerprint, dtype=dtype)
-    return {split: tensor.to(evaluator.device) for split, tensor in features.items()}
+def cached_features(folder, task, evaluator, overwrite=False):
+    """{"train", "val", "test"} -> (N, D) features under theta_pre on the evaluator's device; computed once, then read back.
+
+    Features of other weights, data or dtype are refused, or with `overwrite` computed again.
+    """
+    path = folder / "features" / f"{task.name}.safetensors"
+    about = {"theta_pre": evaluator.encoder.theta_pre, "data": task.fingerprint, "dtype": str(evaluator.dtype)[6:]}
+    if path.exists():
+        try:
+            features, _ = load_tensors(path, f"python probe.py {evaluator.encoder.name}", **about)
+            return {split: tensor.to(evaluator.device) for split, tensor in features.items()}
+        except Refused:
+            if not overwrite:
+                raise
+    features = dict(zip(task.splits, evaluator.features(list(task.splits.values()))))
+    save_tensors(path, features, **about)
+    return features
 
 
 def task_vector(theta_pre, theta_t):

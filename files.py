@@ -148,9 +148,12 @@ def read_json(path, made_by):
     """A result of an earlier stage. Refused if it is missing or not JSON."""
     require(path, made_by)
     try:
-        return json.loads(path.read_text())
+        result = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise Refused(f'{path} is not valid JSON ({error}): delete it and run "{made_by}" again') from error
+    if not isinstance(result, dict) or not isinstance(result.get("config"), dict):
+        raise Refused(f'{path} is no result of this study: delete it and run "{made_by}" again')
+    return result
 
 
 def open_result(path, config, overwrite, device):
@@ -162,8 +165,13 @@ def open_result(path, config, overwrite, device):
     """
     config = json.loads(json.dumps(config))
     result = {} if overwrite or not path.exists() else read_json(path, "the same command")
-    differ = [f"{key} {short(result['config'].get(key))} there, {short(value)} asked"
-              for key, value in config.items() if result and result["config"].get(key) != value]
+    there, differ = result.get("config", {}), []
+    for key, asked in config.items() if result else ():
+        found = there.get(key)
+        if isinstance(asked, dict) and isinstance(found, dict):
+            differ += [f"{key} of {name}" for name in asked | found if asked.get(name) != found.get(name)]
+        elif asked != found:
+            differ.append(f"{key} {short(found)} there, {short(asked)} asked")
     if differ:
         raise Refused(f"{path} holds a result of other settings ({'; '.join(differ)}): "
                       f"give --overwrite to replace it or another --runs to keep both")

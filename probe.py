@@ -50,7 +50,7 @@ def main(args):
 
     # ------------------------------------------------------------------ learning rate, on one task's validation split
     if "lr" not in result:
-        features, accuracies = common.cached_features(folder, tasks[search], evaluator), {}
+        features, accuracies = common.cached_features(folder, tasks[search], evaluator, args.overwrite), {}
         for lr in [args.probe_lr] if args.probe_lr else LEARNING_RATES:
             head = train_head(features["train"], tasks[search], lr, args)
             accuracies[lr] = hits(features, tasks[search], head, "val") / len(features["val"])
@@ -63,7 +63,7 @@ def main(args):
         if name in done:
             continue
         start = time.perf_counter()
-        features = common.cached_features(folder, task, evaluator)
+        features = common.cached_features(folder, task, evaluator, args.overwrite)
         feature_seconds, start = time.perf_counter() - start, time.perf_counter()
         head = train_head(features["train"], task, result["lr"], args)
         done[name] = {"classes": len(task.classes), "data": task.fingerprint, "feature_seconds": feature_seconds}

@@ -215,8 +215,11 @@ def test_heads_features_and_vectors_of_another_encoder_are_refused_by_name(copy,
         (copy / "tiny/aligned/merge.json").unlink(missing_ok=True)
         message = refuse(name, "tiny", "--runs", copy, "--tasks", ",".join(TASKS), *STAGES[name], *(["--overwrite"] if name == "finetune" else []))
         assert file in message and "theta_pre" in message
-    message = refuse("probe", "tiny", "--runs", copy, "--tasks", ",".join(TASKS), "--overwrite", "--probe-steps", "300")
+    (copy / "tiny/probe.json").unlink()
+    message = refuse("probe", "tiny", "--runs", copy, "--tasks", ",".join(TASKS), "--probe-steps", "300")
     assert "features/glyphs" in message and "theta_pre" in message
+    import probe
+    probe.main(probe.parse_args(["tiny", "--runs", str(copy), "--tasks", "glyphs", "--probe-steps", "3", "--probe-lr", "0.01", "--overwrite"]))
 
 
 def test_other_settings_are_refused_by_name_and_overwrite_allows_them(copy):
@@ -235,6 +238,12 @@ def test_a_vector_trained_against_another_head_is_refused(copy):
     probe.main(probe.parse_args(["tiny", "--runs", str(copy), "--tasks", ",".join(TASKS), "--probe-steps", "7", "--overwrite"]))
     (copy / "tiny/aligned/merge.json").unlink()
     assert "another head" in refuse("merge_eval", "tiny", "--runs", copy, "--tasks", ",".join(TASKS))
+
+
+def test_a_vector_of_an_earlier_fine_tuning_is_refused(copy):
+    import finetune
+    finetune.main(finetune.parse_args(["tiny", "--runs", str(copy), "--tasks", "glyphs", "--steps", "2", "--lr", "1e-3", "--overwrite"]))
+    assert "make_vectors.py" in refuse("disentangle", "tiny", "--runs", copy, "--tasks", ",".join(TASKS), "--overwrite", *STAGES["disentangle"])
 
 
 def test_disentangle_refuses_odd_requests(study):
