@@ -58,7 +58,7 @@ def main(args):
 
     # ------------------------------------------------------------------ the same encoder, dtype and batch, nothing else
     module = encoder.module.to(device, evaluator.dtype)
-    bare = torch.compile(module, dynamic=False) if args.compile == "on" else module
+    bare = torch.compile(module, dynamic=False) if evaluator.forward is not evaluator.eager else module
     pixels = torch.randn(evaluator.batch_size, 3, encoder.size, encoder.size, device=device, dtype=evaluator.dtype)
     batches = max(4, n // evaluator.batch_size)
 
@@ -144,9 +144,23 @@ def prepare_plain(folder, encoder, splits):
     save_file({name: 1e-3 * torch.randn_like(tensor) for name, tensor in theta.items()}, folder / "vector.safetensors")
 
 
+class Pictures(torch.utils.data.Dataset):
+    """(path, label) rows, each picture decoded and transformed when it is asked for."""
+
+    def __init__(self, rows, transform):
+        self.rows, self.transform = rows, transform
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        from PIL import Image
+        path, label = self.rows[index]
+        return self.transform(Image.open(path).convert("RGB")), label
+
+
 def plain_way(folder, encoder, heads, device):
     """One lambda as public scripts evaluate it: load_state_dict, a DataLoader that decodes every picture, fp32, eager."""
-    from PIL import Image
     from torchvision.transforms import v2
     transform = v2.Compose([v2.Resize(encoder.size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(encoder.size), v2.ToImage(),
                             v2.ToDtype(torch.float32, scale=True), v2.Normalize(encoder.mean, encoder.std)])
@@ -156,8 +170,7 @@ def plain_way(folder, encoder, heads, device):
     for t, head in enumerate(heads):
         paths = sorted((folder / str(t)).glob("*.jpg"))
         rows = [(path, int(path.name.split("_")[0])) for path in paths]
-        loader = torch.utils.data.DataLoader(rows, batch_size=128, num_workers=2, collate_fn=lambda batch: (
-            torch.stack([transform(Image.open(path).convert("RGB")) for path, _ in batch]), torch.tensor([label for _, label in batch])))
+        loader = torch.utils.data.DataLoader(Pictures(rows, transform), batch_size=128, num_workers=2)
         with torch.no_grad():
             for images, labels in loader:
                 logits = F.linear(module(images.to(device)), head["weight"], head["bias"])

@@ -166,7 +166,9 @@ def task_names(args):
     """[(name, source)] for --tasks; source is a folder (Path), a Registered row, a hub id (str) or "generated"."""
     default = list(tiny.TASKS) if args.encoder == "tiny" else list(TASKS)
     chosen = []
-    for word in args.tasks.split(",") if args.tasks else default:
+    if args.data and not args.data.is_dir():
+        raise Refused(f"--data {args.data} is not a folder")
+    for word in default if args.tasks is None else args.tasks.split(","):
         name, _, given = word.strip().partition("=")
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
             raise Refused(f"--tasks: {name!r} is no task name (letters, digits, _ . - only)")
@@ -180,7 +182,7 @@ def task_names(args):
         elif name in tiny.TASKS:
             source = "generated"
         else:
-            known = [*TASKS, *tiny.TASKS, *([path.name for path in args.data.iterdir()] if folder and args.data.is_dir() else [])]
+            known = [*TASKS, *tiny.TASKS, *([path.name for path in args.data.iterdir()] if args.data else [])]
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
             raise Refused(f"unknown task {name!r}{'; did you mean ' + ' or '.join(near) + '?' if near else ''} "
                           f"(known: {', '.join(known)}; any other as NAME=HUB_ID_OR_FOLDER)")
@@ -196,6 +198,13 @@ def task_names(args):
 def search_task(names):
     """The task whose validation split picks a learning rate: cars, or else the first."""
     return "cars" if "cars" in names else names[0]
+
+
+def check_search(path, result, task):
+    """Refused if an earlier run picked its learning rate elsewhere although cars is now there to pick it on."""
+    searched = result.get("search", {}).get("task")
+    if task == "cars" and searched not in (None, "cars"):
+        raise Refused(f"{path} has its learning rate from a search on {searched}, but cars is among the tasks now: give --overwrite or another --runs")
 
 
 def load_task(name, source, encoder, args):
@@ -287,8 +296,6 @@ def build_image_cache(folder, name, source, side, seed):
         about = {"task": name, "source": describe_source(source, seed), "side": shapes["train_images"][-1], "classes": classes,
                  "shapes": shapes, "sha256": digest.hexdigest()}
         (temporary / "about.json").write_text(json.dumps(about, indent=1) + "\n")
-        if folder.exists():  # another process was faster; its cache is as good as ours
-            return
 
 
 def existing_parent(path):
@@ -304,7 +311,7 @@ def read_dataset(name, source):
         go_offline_if_unreachable()
     import datasets
     datasets.disable_progress_bars()
-    registered = TASKS.get(name) if not isinstance(source, str) else None
+    registered = TASKS.get(name)
     path, config = (str(source.expanduser()), None) if is_local else (source, None) if isinstance(source, str) else source[:2]
     print(f"task {name}: reading {path}", flush=True)
     try:
@@ -412,11 +419,11 @@ def fit(images, encoder):
     return functional.center_crop(images, [encoder.size, encoder.size])
 
 
-def normalise(images, encoder):
-    """(B, 3, S, S) pixels in [0, 255], any dtype -> float32, zero mean and unit deviation by the encoder's own statistics."""
-    mean = torch.tensor(encoder.mean, device=images.device).view(3, 1, 1) * 255
-    std = torch.tensor(encoder.std, device=images.device).view(3, 1, 1) * 255
-    return (images.float() - mean) / std
+def normaliser(encoder, device):
+    """A function from (B, 3, S, S) pixels in [0, 255], any dtype, to float32 normalised by the encoder's own mean and deviation."""
+    mean = torch.tensor(encoder.mean, device=device).view(3, 1, 1) * 255
+    std = torch.tensor(encoder.std, device=device).view(3, 1, 1) * 255
+    return lambda images: (images.float() - mean) / std
 
 
 def random_resized_crop(images, size, generator):
@@ -530,6 +537,11 @@ def predict(features, head):
     return logits(features, head).argmax(1)
 
 
+def count_hits(features, head, split):
+    """Correct predictions of a head on the features (N, D) of a whole split."""
+    return int((predict(features, head) == torch.from_numpy(split.labels).to(features.device)).sum())
+
+
 def normalized_accuracy(accuracy, single_task):
     """Mean over tasks of accuracy / single-task accuracy; dicts {task: fraction} (arXiv:2511.14569 appendix E). Refused where one is 0."""
     for task in accuracy:
@@ -566,8 +578,10 @@ class Evaluator:
         module = copy.deepcopy(encoder.module).to(self.device, self.dtype).eval().requires_grad_(False)
         self.slots = weights_of(module)
 
+        normalise = normaliser(encoder, self.device)
+
         def forward(images):  # (B, 3, S, S) uint8 -> (B, D)
-            return module(normalise(images, encoder).to(self.dtype))
+            return module(normalise(images).to(self.dtype))
 
         compiled, why = compile_pays(args.compile, self.device, encoder, work)
         self.eager = forward
@@ -584,7 +598,7 @@ class Evaluator:
             merged = self.theta_pre[name]
             for coefficient, vector in zip(coefficients, self.vectors, strict=len(coefficients) > 0):
                 merged = torch.add(merged, vector[name], alpha=float(coefficient))
-            slot.copy_(merged)
+            slot.copy_(merged.clamp_min(0) if name.endswith("running_var") else merged)  # a batch norm's variance
 
     @torch.inference_mode()
     def run(self, splits, settings, consume):

@@ -32,8 +32,8 @@ def main(args):
     # ------------------------------------------------------------------ what is to be done
     folder, sources = encoders.run_folder(args), dict(common.task_names(args))
     pairs = choose_pairs(args.pairs, list(sources))
-    if args.points % 2 == 0:
-        raise files.Refused(f"--points {args.points} is even: the grid would miss lambda = 0")
+    if args.points % 2 == 0 or args.points < 3:
+        raise files.Refused(f"--points {args.points} has to be odd and at least 3: another grid would miss lambda = 0")
     encoder = encoders.load_encoder(args)
     device = common.pick_device(args.device)
     dtype, _ = common.pick_dtype(args.dtype, device)

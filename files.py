@@ -37,6 +37,8 @@ def run(main, parse_args):
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
         sys.exit(complain(stage, f"{error.strerror}: {error.filename or 'writing a result'}; what was finished is kept, the same command goes on from there"))
+    except torch.OutOfMemoryError as error:
+        sys.exit(complain(stage, f"out of memory ({str(error).splitlines()[0]}): try a smaller --batch-size or --image-size"))
     except KeyboardInterrupt:
         print(f"{stage}: interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
         sys.exit(130)
@@ -57,8 +59,14 @@ def complain(stage, message):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a temporary name beside `path` for a file or folder; rename it to `path` when whole, remove it on failure."""
+    """Yield a temporary name beside `path` for a file or folder; rename it to `path` when whole, remove it on failure.
+
+    Where another process has made the same folder meanwhile, its folder stays. What a killed process left behind is removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        if not Path("/proc", left.suffixes[-2][1:]).exists() and Path("/proc/self").exists():
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -66,7 +74,8 @@ def replacing(path):
             descriptor = os.open(file, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
-        os.replace(temporary, path)
+        if not (temporary.is_dir() and path.is_dir()):
+            os.replace(temporary, path)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
@@ -86,9 +95,9 @@ def fingerprint(tensors):
 def save_tensors(path, tensors, **metadata):
     """Write a dict of tensors as safetensors, whole or not at all; metadata is JSON, with the contents' SHA-256 added."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {key: json.dumps(value) for key, value in (metadata | {"sha256": fingerprint(tensors)}).items()}
+    about = json.dumps(metadata | {"sha256": fingerprint(tensors)}, sort_keys=True)
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        save_file(tensors, temporary, {"about": about})  # one entry: their order would differ from file to file
 
 
 @contextlib.contextmanager
@@ -104,13 +113,21 @@ def opened(path, made_by):
 def file_metadata(path, made_by):
     """The metadata of a file of save_tensors, its tensors unread and unchecked."""
     with opened(path, made_by) as file:
-        return {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+        return json.loads((file.metadata() or {}).get("about", "{}"))
 
 
 def require(path, made_by):
     """Refused, naming the command that writes `path`, if it is not there."""
     if not path.exists():
         raise Refused(f'{path} is missing: run "{made_by}" first')
+
+
+def require_rows(path, names, made_by):
+    """The result at `path`; Refused if it lacks the row of one of the tasks `names`."""
+    result = read_json(path, made_by)
+    if missing := [name for name in names if name not in result.get("tasks", {})]:
+        raise Refused(f'{path} lacks {", ".join(missing)}: run "{made_by} --tasks {",".join(names)}" first')
+    return result
 
 
 def load_tensors(path, made_by, **expected):

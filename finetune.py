@@ -40,24 +40,27 @@ def main(args):
     # ------------------------------------------------------------------ what is to be done
     folder, sources = encoders.run_folder(args), dict(common.task_names(args))
     encoder = encoders.load_encoder(args)
+    device, search = common.pick_device(args.device), common.search_task(list(sources))
     config = {"encoder": args.encoder, "theta_pre": encoder.theta_pre, "image_size": encoder.size, "recipe": args.recipe,
-              "steps": args.steps, "batch_size": args.batch_size, "lr": args.lr or "search", "weight_decay": WEIGHT_DECAY, "seed": args.seed}
-    path, device = folder / args.recipe / "finetune.json", common.pick_device(args.device)
+              "steps": args.steps, "batch_size": args.batch_size, "lr": args.lr or "search", "weight_decay": WEIGHT_DECAY,
+              "seed": args.seed, "dtype": str(common.pick_dtype(args.dtype, device)[0])[6:]}
+    path, recipe = folder / args.recipe / "finetune.json", common.RECIPES[args.recipe]
     result = files.open_result(path, config, args.overwrite, device)
+    common.check_search(path, result, search)
     done = result.setdefault("tasks", {})
-    if set(sources) <= set(done):
+    if recipe.head == "probed":
+        files.require_rows(folder / "probe.json", list(sources), f"python probe.py {args.encoder}")
+    tasks = {name: common.load_task(name, source, encoder, args) for name, source in sources.items()}
+    todo = [name for name, task in tasks.items() if done.get(name, {}).get("data") != task.fingerprint
+            or not (folder / args.recipe / "finetuned" / f"{name}.safetensors").exists()]
+    if not todo:
         print(f"finetune: {path} has all {len(sources)} tasks, nothing to do (--overwrite to redo)")
         return
-    recipe = common.RECIPES[args.recipe]
-    if recipe.head == "probed":
-        for name in sources:
-            files.require(*common.head_file(folder, args.recipe, name, args.encoder))
-    tasks = {name: common.load_task(name, source, encoder, args) for name, source in sources.items()}
-    tower = text_heads.text_tower(args) if recipe.head == "text" else None
+    tower = text_heads.text_tower(args, encoder) if recipe.head == "text" else None
     heads = {name: first_head(recipe, folder, task, encoder, tower, device, args) for name, task in tasks.items()}
+    del tower
 
     # ------------------------------------------------------------------ one module to train, one evaluator
-    todo = [name for name in tasks if name not in done]
     images = sum(len(tasks[name].splits[split].rows) for name in todo for split in ("val", "test"))
     evaluator = common.Evaluator(encoder, args, images)
     module = copy.deepcopy(encoder.module).to(device).train()
@@ -69,30 +72,32 @@ def main(args):
     print(f"finetune: {len(todo)} tasks x {args.steps} steps of {args.batch_size}, {'compiled' if compiled else 'eager'} ({why})", flush=True)
 
     # ------------------------------------------------------------------ learning rate, on one task's validation split
-    best = None
+    best = None                                                            # (learning rate, what train returned)
     if args.lr:
         result["lr"] = args.lr
     elif "lr" not in result:
-        search = common.search_task(list(tasks))
-        result["search"] = {"task": search, "val": {}}
+        tried = result.setdefault("search", {"task": search, "val": {}})["val"]
         for lr in LEARNING_RATES:
+            if f"{lr:g}" in tried:
+                continue
             theta_t, head, cost = train(forward, module, encoder, tasks[search], heads[search], lr, args)
             if theta_t is None:
                 print(f"finetune: search on {search}, learning rate {lr:g}: diverged", flush=True)
-                continue
-            val = evaluate(evaluator, encoder, theta_t, tasks[search], head, ["val"])["val"]
-            print(f"finetune: search on {search}, learning rate {lr:g}: validation {val:.4f}", flush=True)
-            result["search"]["val"][f"{lr:g}"] = val
-            if best is None or val > best["val"]:
-                best = {"val": val, "lr": lr, "trained": (theta_t, head, cost)}
-        if best is None:
+                tried[f"{lr:g}"] = None
+            else:
+                tried[f"{lr:g}"] = val = evaluate(evaluator, encoder, theta_t, tasks[search], head, ["val"])["val"]
+                print(f"finetune: search on {search}, learning rate {lr:g}: validation {val:.4f}", flush=True)
+                if val > max([0, *(other for key, other in tried.items() if other is not None and key != f"{lr:g}")]):
+                    best = lr, (theta_t, head, cost)
+            files.write_json(path, result)
+        if all(val is None for val in tried.values()):
             raise files.Refused(f"every learning rate of the search diverged on {search}; give --lr")
-        result["lr"] = best["lr"]
+        result["lr"] = max((lr for lr in LEARNING_RATES if tried[f"{lr:g}"] is not None), key=lambda lr: tried[f"{lr:g}"])
 
     # ------------------------------------------------------------------ one theta_t per task
     for name in todo:
-        if best and name == search:  # the search has trained this one already, same seed and steps
-            theta_t, head, cost = best["trained"]
+        if best and (name, result["lr"]) == (search, best[0]):  # the search has trained this one already, same seed and steps
+            theta_t, head, cost = best[1]
         else:
             theta_t, head, cost = train(forward, module, encoder, tasks[name], heads[name], result["lr"], args)
         if theta_t is None:
@@ -102,11 +107,11 @@ def main(args):
         files.save_tensors(folder / args.recipe / "finetuned" / f"{name}.safetensors", theta_t, **about, head=files.fingerprint(head))
         if recipe.head != "probed":
             files.save_tensors(common.head_file(folder, args.recipe, name, args.encoder)[0], head, **about)
-        done[name] = evaluate(evaluator, encoder, theta_t, tasks[name], head, ["val", "test"]) | cost
+        done[name] = evaluate(evaluator, encoder, theta_t, tasks[name], head, ["val", "test"]) | cost | {"data": tasks[name].fingerprint}
         if recipe.head == "text":
+            split = tasks[name].splits["test"]
             features = common.cached_features(folder, tasks[name], evaluator)["test"]
-            labels = torch.from_numpy(tasks[name].splits["test"].labels).to(device)
-            done[name]["zero_shot"] = int((common.predict(features, heads[name]) == labels).sum()) / len(labels)
+            done[name]["zero_shot"] = common.count_hits(features, heads[name], split) / len(split.rows)
         result |= {"recipe": args.recipe, "mean_test": common.mean(row["test"] for row in done.values())}
         files.write_json(path, result)
         print(f"finetune {name}: validation {done[name]['val']:.4f}, test {done[name]['test']:.4f} (n = {done[name]['n_test']}), "
@@ -141,12 +146,15 @@ def train(forward, module, encoder, task, head, lr, args):
     head = {name: tensor.clone().requires_grad_(common.RECIPES[args.recipe].train_head) for name, tensor in head.items()}
     parameters = [tensor for tensor in [*module.parameters(), *head.values()] if tensor.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=WEIGHT_DECAY, fused=True)
+    normalise = common.normaliser(encoder, device)
     finite = torch.ones((), dtype=torch.bool, device=device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     bar = common.progress(common.batches(len(labels), args.batch_size, args.steps, generator), f"finetune {task.name} lr {lr:g}", "step")
     for step, rows in enumerate(bar):
         optimizer.param_groups[0]["lr"] = common.learning_rate(step, args.steps, lr)
-        pixels = common.normalise(common.random_resized_crop(images[rows], encoder.size, generator), encoder)  # (B, 3, S, S)
+        pixels = normalise(common.random_resized_crop(images[rows], encoder.size, generator))  # (B, 3, S, S)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             features = forward(pixels)                                     # (B, D)
         loss = F.cross_entropy(common.logits(features, head), labels[rows])

@@ -29,6 +29,7 @@ def main(args):
     # ------------------------------------------------------------------ what is to be done
     folder, names = encoders.run_folder(args), [name for name, _ in common.task_names(args)]
     recipe_folder, finetune = folder / args.recipe, f"python finetune.py {args.encoder} --recipe {args.recipe}"
+    files.require_rows(recipe_folder / "finetune.json", names, finetune)
     for name in names:
         files.require(recipe_folder / "finetuned" / f"{name}.safetensors", finetune)
     encoder, device = encoders.load_encoder(args), common.pick_device(args.device)
@@ -36,7 +37,7 @@ def main(args):
 
     # ------------------------------------------------------------------ tau_t, one task at a time
     norm, relative_norm, layers, directions, sources = {}, {}, {}, [], {}
-    matrices = [key for key, tensor in theta_pre.items() if tensor.ndim == 2 and min(tensor.shape) >= 2 * RANK]
+    matrices = [key for key, tensor in theta_pre.items() if tensor.ndim >= 2 and min(tensor.flatten(1).shape) >= 2 * RANK]
     subspaces = {key: [] for key in matrices}
     for name in names:
         theta_t, about = files.load_tensors(recipe_folder / "finetuned" / f"{name}.safetensors", finetune,
@@ -44,17 +45,19 @@ def main(args):
         _, tau_t = common.task_vector(theta_pre, theta_t)
         common.save_vector(folder, args.recipe, name, tau_t, about)
         norm[name] = length(tau_t)
+        if norm[name] == 0:
+            raise files.Refused(f"the task vector of {name} is zero: fine-tuning changed nothing, try a larger --lr or more --steps")
         relative_norm[name] = norm[name] / length(theta_pre)
-        layers[name] = {layer: length(pick(tau_t, layer)) / length(pick(theta_pre, layer)) for layer in layer_names(theta_pre)}
+        layers[name] = {layer: length(pick(tau_t, layer)) / length(pick(theta_pre, layer)) for layer in layer_names(theta_pre) if length(pick(theta_pre, layer)) > 0}
         directions.append(torch.cat([tau_t[key].flatten() for key in theta_pre]) / norm[name])
         sources[name] = about["sha256"]
         for key in matrices:
-            subspaces[key].append(leading_directions(tau_t[key].to(device if device.type == "cuda" else "cpu"), RANK))
+            subspaces[key].append(leading_directions(tau_t[key].flatten(1).to(device if device.type == "cuda" else "cpu"), RANK))
         print(f"vector {name}: norm {norm[name]:.4f}, relative to theta_pre {relative_norm[name]:.2e}", flush=True)
     cosine = [[float(a @ b) for b in directions] for a in directions]
     per_layer = {key: [[float((a.T @ b).square().sum() / RANK) for b in bases] for a in bases] for key, bases in subspaces.items()}
     overlap = [[common.mean(per_layer[key][i][j] for key in matrices) for j in range(len(names))] for i in range(len(names))]
-    by_chance = common.mean(RANK / min(theta_pre[key].shape) for key in matrices)
+    by_chance = common.mean(RANK / min(theta_pre[key].flatten(1).shape) for key in matrices)
 
     # ------------------------------------------------------------------ results, made anew each time: they cost seconds
     config = {"encoder": args.encoder, "theta_pre": encoder.theta_pre, "recipe": args.recipe, "finetuned": sources}

@@ -15,7 +15,6 @@ import itertools
 import time
 
 import numpy as np
-import torch
 
 import common
 import encoders
@@ -35,29 +34,25 @@ def parse_args(argv=None):
 def main(args):
     # ------------------------------------------------------------------ what is to be done
     folder, sources = encoders.run_folder(args), dict(common.task_names(args))
-    names, path = list(sources), encoders.run_folder(args) / args.recipe / "merge.json"
+    names, path = list(sources), folder / args.recipe / "merge.json"
     encoder = encoders.load_encoder(args)
     device = common.pick_device(args.device)
     dtype, _ = common.pick_dtype(args.dtype, device)
     lambdas = [round(float(lam), 10) for lam in np.linspace(0, args.lambda_max, args.lambdas)]
-    finetuned = files.read_json(folder / args.recipe / "finetune.json", f"python finetune.py {args.encoder} --recipe {args.recipe}")
-    missing = [name for name in names if name not in finetuned["tasks"]]
-    if missing:
-        raise files.Refused(f'{folder / args.recipe / "finetune.json"} lacks {", ".join(missing)}: run "python finetune.py {args.encoder} --recipe {args.recipe} --tasks {",".join(missing)}" first')
-
     if args.subsets:
-        scale(args, folder, sources, encoder, finetuned, lambdas)
+        scale(args, folder, sources, encoder, lambdas)
         return
+    finetuned = files.require_rows(folder / args.recipe / "finetune.json", names, f"python finetune.py {args.encoder} --recipe {args.recipe}")
 
     # ------------------------------------------------------------------ the sum of the vectors, one file at a time
     total, vectors = common.sum_of_vectors(folder, args.recipe, names, encoder)
+    tasks = {name: common.load_task(name, source, encoder, args) for name, source in sources.items()}
     config = {"encoder": args.encoder, "theta_pre": encoder.theta_pre, "image_size": encoder.size, "recipe": args.recipe, "tasks": names,
-              "lambdas": lambdas, "dtype": str(dtype)[6:], "vectors": vectors}
+              "lambdas": lambdas, "dtype": str(dtype)[6:], "vectors": vectors, "data": {name: task.fingerprint for name, task in tasks.items()}}
     result = files.open_result(path, config, args.overwrite, device)
     if "test" in result:
         print(f"merge_eval: {path} is there, nothing to do (--overwrite to redo)")
         return
-    tasks = {name: common.load_task(name, source, encoder, args) for name, source in sources.items()}
     heads = [common.load_head(folder, args.recipe, task, encoder, device) for task in tasks.values()]
     n = {split: {name: len(task.splits[split].rows) for name, task in tasks.items()} for split in ("val", "test")}
 
@@ -67,8 +62,7 @@ def main(args):
     for (name, task), head in zip(tasks.items(), heads):
         features = common.cached_features(folder, task, evaluator)
         for split in at_zero:
-            labels = torch.from_numpy(task.splits[split].labels).to(device)
-            at_zero[split][name] = int((common.predict(features[split], head) == labels).sum())
+            at_zero[split][name] = common.count_hits(features[split], head, task.splits[split])
     evaluator.use_vectors([total])
     start = time.perf_counter()
     searched = evaluator.hits([task.splits["val"] for task in tasks.values()], heads, [(lam,) for lam in lambdas[1:]])
@@ -102,7 +96,7 @@ def main(args):
         print(f"merge_eval: {label}: test absolute {row['absolute']:.4f}, normalized {row['normalized']:.4f}, n = {sum(n['test'].values())}")
 
 
-def scale(args, folder, sources, encoder, finetuned, lambdas):
+def scale(args, folder, sources, encoder, lambdas):
     """Addition against the number of tasks: a lambda search and a test for every chosen subset (appendix I)."""
     # ------------------------------------------------------------------ which subsets, and what they cost
     names, path, device = list(sources), folder / args.recipe / "scaling.json", common.pick_device(args.device)

@@ -35,7 +35,7 @@ def main(args):
     config = {"encoder": args.encoder, "architecture": encoders.TINY, "steps": args.pretrain_steps, "batch_size": args.batch_size,
               "lr": args.lr, "seed": args.seed}
     result = files.open_result(folder / "pretrain.json", config, args.overwrite, device)
-    if "accuracy" in result:
+    if "accuracy" in result and (folder / "pretrained.safetensors").exists():
         print(f"pretrain: {folder / 'pretrained.safetensors'} is there, nothing to do (--overwrite to redo)")
         return
     if args.image_size not in (None, encoders.TINY["kwargs"]["img_size"]) or args.weights:
@@ -55,6 +55,7 @@ def main(args):
     train_rows, test_rows = order[held_out:], order[:held_out]
     head = common.random_head(module.num_features, int(labels.max()) + 1, generator)
     encoder = encoders.Encoder("tiny", module, images.shape[-1], (0.5,) * 3, (0.25,) * 3, 1.0, "")
+    normalise = common.normaliser(encoder, device)
     parameters = [*module.parameters(), *(tensor.requires_grad_() for tensor in head.values())]
 
     # ------------------------------------------------------------------ AdamW, warm-up, cosine to 0
@@ -64,7 +65,7 @@ def main(args):
     for step, rows in enumerate(bar):
         optimizer.param_groups[0]["lr"] = common.learning_rate(step, args.pretrain_steps, args.lr)
         rows = train_rows[rows]
-        features = module(common.normalise(images[rows], encoder))         # (B, D)
+        features = module(normalise(images[rows]))                         # (B, D)
         loss = F.cross_entropy(F.linear(features, head["weight"], head["bias"]), labels[rows])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -77,7 +78,7 @@ def main(args):
     # ------------------------------------------------------------------ results
     module.eval()
     with torch.no_grad():
-        features = torch.cat([module(common.normalise(images[rows], encoder)) for rows in test_rows.split(256)])
+        features = torch.cat([module(normalise(images[rows])) for rows in test_rows.split(256)])
     hits = int((common.predict(features, head) == labels[test_rows]).sum())
     about = {"encoder": "tiny", "architecture": encoders.TINY, "size": encoder.size, "mean": encoder.mean, "std": encoder.std, "crop_pct": 1.0}
     encoders.save_encoder(folder / "pretrained.safetensors", module, about)

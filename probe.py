@@ -33,43 +33,41 @@ def main(args):
     # ------------------------------------------------------------------ what is to be done
     folder, sources = encoders.run_folder(args), dict(common.task_names(args))
     encoder = encoders.load_encoder(args)
+    device, search = common.pick_device(args.device), common.search_task(list(sources))
     config = {"encoder": args.encoder, "theta_pre": encoder.theta_pre, "image_size": encoder.size, "steps": args.probe_steps,
-              "lr": args.probe_lr or "search", "batch_size": BATCH_SIZE, "weight_decay": WEIGHT_DECAY, "seed": args.seed}
-    device = common.pick_device(args.device)
+              "lr": args.probe_lr or "search", "batch_size": BATCH_SIZE, "weight_decay": WEIGHT_DECAY, "seed": args.seed,
+              "dtype": str(common.pick_dtype(args.dtype, device)[0])[6:]}
     result = files.open_result(folder / "probe.json", config, args.overwrite, device)
+    common.check_search(folder / "probe.json", result, search)
     done = result.setdefault("tasks", {})
-    if set(sources) <= set(done):
+    tasks = {name: common.load_task(name, source, encoder, args) for name, source in sources.items()}
+    todo = [name for name, task in tasks.items() if done.get(name, {}).get("data") != task.fingerprint or not (folder / "heads" / f"{name}.safetensors").exists()]
+    if not todo:
         print(f"probe: {folder / 'probe.json'} has all {len(sources)} tasks, nothing to do (--overwrite to redo)")
         return
-
-    # ------------------------------------------------------------------ features, once per image
-    tasks = {name: common.load_task(name, source, encoder, args) for name, source in sources.items()}
-    images = sum(len(split.rows) for task in tasks.values() for split in task.splits.values())
+    images = sum(len(split.rows) for name in todo for split in tasks[name].splits.values())
     evaluator = common.Evaluator(encoder, args, images)
-    search = common.search_task(list(tasks))
 
     # ------------------------------------------------------------------ learning rate, on one task's validation split
     if "lr" not in result:
         features, accuracies = common.cached_features(folder, tasks[search], evaluator, args.overwrite), {}
         for lr in [args.probe_lr] if args.probe_lr else LEARNING_RATES:
             head = train_head(features["train"], tasks[search], lr, args)
-            accuracies[lr] = hits(features, tasks[search], head, "val") / len(features["val"])
+            accuracies[lr] = common.count_hits(features["val"], head, tasks[search].splits["val"]) / len(features["val"])
             print(f"probe: search on {search}, learning rate {lr:g}: validation {accuracies[lr]:.4f}", flush=True)
         result["lr"] = max(accuracies, key=accuracies.get)
         result["search"] = {"task": search, "val": {f"{lr:g}": value for lr, value in accuracies.items()}}
 
     # ------------------------------------------------------------------ one head per task
-    for name, task in tasks.items():
-        if name in done:
-            continue
-        start = time.perf_counter()
+    for name in todo:
+        start, task = time.perf_counter(), tasks[name]
         features = common.cached_features(folder, task, evaluator, args.overwrite)
         feature_seconds, start = time.perf_counter() - start, time.perf_counter()
         head = train_head(features["train"], task, result["lr"], args)
         done[name] = {"classes": len(task.classes), "data": task.fingerprint, "feature_seconds": feature_seconds}
         for split in ("val", "test"):
             n = len(features[split])
-            correct = hits(features, task, head, split)
+            correct = common.count_hits(features[split], head, task.splits[split])
             done[name] |= {split: correct / n, f"hits_{split}": correct, f"n_{split}": n}
         done[name]["seconds"] = time.perf_counter() - start
         files.save_tensors(folder / "heads" / f"{name}.safetensors", head, task=name, data=task.fingerprint,
@@ -98,11 +96,6 @@ def train_head(features, task, lr, args):
         optimizer.step()
         optimizer.zero_grad()
     return {name: tensor.detach() for name, tensor in head.items()}
-
-
-def hits(features, task, head, split):
-    labels = torch.from_numpy(task.splits[split].labels).to(features[split].device)
-    return int((common.predict(features[split], head) == labels).sum())
 
 
 if __name__ == "__main__":

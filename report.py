@@ -89,6 +89,7 @@ def main(args):
     for pair in sorted({pair for results in found.values() for pair in results.get("disentangle.json", {"pairs": {}})["pairs"]}):
         grids = {key: folders[key[0]] / key[1] / "disentangle" / f"{pair}.npz" for key, results in found.items()
                  if pair in results.get("disentangle.json", {"pairs": {}})["pairs"]}
+        grids = {key: path for key, path in grids.items() if path.exists()}
         if len(grids) > 1:
             pictures.append((draw_panels(out / f"disentangle-{pair}.png", pair, grids), f"Disentanglement error of {pair}, one colour scale."))
     if pictures:
@@ -97,7 +98,8 @@ def main(args):
             blocks += [("picture", path), ("text", caption)]
 
     # ------------------------------------------------------------------ cost of two stages against full fine-tuning
-    rows = [cost_row(encoder, recipe, results["finetune.json"], probes[encoder]) for (encoder, recipe), results in found.items() if "finetune.json" in results]
+    rows = [cost_row(encoder, recipe, results["finetune.json"], probes[encoder]) for (encoder, recipe), results in found.items()
+            if results.get("finetune.json", {}).get("tasks")]
     if rows:
         blocks += [("heading2", "Cost"), ("text", "Aligned counts probing too: features of every image once, then the heads. Seconds are those of the machine named below."),
                    ("table", ["encoder", "recipe", "tasks", "probing, s", "fine-tuning, s", "images trained on", "parameters trained per task"], rows)]
@@ -133,7 +135,7 @@ def accuracy_rows(encoder, merge, finetune, recipe, columns, published):
     """Ours, the paper's, and their difference where the tasks are the paper's eight."""
     names, test = merge["config"]["tasks"], merge["test"]
     first = merge["test_lambda0"]["absolute"] if recipe in ("aligned", "zeroshot") else None
-    if recipe == "zeroshot-full" and finetune:
+    if recipe == "zeroshot-full" and finetune and set(names) <= set(finetune["tasks"]):
         first = common.mean(finetune["tasks"][name]["zero_shot"] for name in names)
     ours = [first, common.mean(merge["single_task"].values()), test["absolute"], test["normalized"]]
     used = [index for index, column in enumerate(columns[:-1]) if column]
@@ -156,10 +158,10 @@ def cost_row(encoder, recipe, finetune, probe):
 def section(folder, probe, results):
     """Blocks of one encoder under one recipe: how it was obtained, accuracies per task, disentanglement, pictures."""
     blocks, merge, finetune = [], results.get("merge.json"), results.get("finetune.json")
-    if finetune:
+    if finetune and "lr" in finetune:
         config, where = finetune["config"], finetune["machine"]
         blocks.append(("text", f"{config['image_size']} pixels; probing {probe['config']['steps']} steps at learning rate {probe['lr']:g}; fine-tuning {config['steps']} steps of "
-                               f"{config['batch_size']} at {finetune['lr']:g}{' (searched)' if config['lr'] == 'search' else ''}; seed {config['seed']}; "
+                               f"{config['batch_size']} at {finetune['lr']:g}{' (searched on ' + finetune['search']['task'] + ')' if config['lr'] == 'search' else ''}; seed {config['seed']}; "
                                f"{where['device']}, {where['threads']} threads, torch {where['torch']}, timm {where['timm']}, {where['date']}."))
     if merge:
         blocks.append(("text", f"lambda picked from {len(merge['lambdas'])} values on {sum(merge['val']['n'].values())} validation images, forward pass in {merge['config']['dtype']}."))

@@ -7,37 +7,49 @@
 #   bash run_all.sh timm:NAME --weights FILE --data DIR --tasks a,b,c --image-size 128 --steps 300
 set -euo pipefail
 cd "$(dirname "$0")"
-source tests/setup.sh
 
+if [ "${1-}" = --help ] || [ "${1-}" = -h ]; then sed -n '2,/^set /{/^#/p}' run_all.sh; exit; fi
 encoder=tiny
 if [ $# -gt 0 ] && [[ $1 != -* ]]; then encoder=$1; shift; fi
 
 # every stage takes the shared flags; the rest go to the stage they belong to
-shared=() report=() pretrain=() probe=() finetune=() merge=() disentangle=() subsets=(--subsets 5) everything=no
+words=()
+for word in "$@"; do
+  if [[ $word == --*=* ]]; then words+=("${word%%=*}" "${word#*=}"); else words+=("$word"); fi
+done
+set -- ${words[@]+"${words[@]}"}
+shared=() report=() pretrain=() probe=() finetune=() merge=() disentangle=() subsets=() everything=no
 while [ $# -gt 0 ]; do
   case $1 in
-    --everything) everything=yes ;;
-    --pretrain-steps) pretrain+=("$1" "${2-}"); shift ;;
-    --probe-steps | --probe-lr) probe+=("$1" "${2-}"); shift ;;
-    --steps | --lr | --batch-size) finetune+=("$1" "${2-}"); shift ;;
-    --lambdas | --lambda-max) merge+=("$1" "${2-}"); shift ;;
-    --subsets | --images-per-task) subsets+=("$1" "${2-}"); shift ;;
-    --pairs | --points | --limit | --samples) disentangle+=("$1" "${2-}"); shift ;;
-    --runs) shared+=("$1" "${2-}"); report+=("$1" "${2-}"); shift ;;
-    *) shared+=("$1") ;;
+    --everything | --overwrite) ;;
+    *) if [ $# -lt 2 ]; then echo "run_all.sh: $1 needs a value" >&2; exit 2; fi ;;
   esac
-  shift
+  case $1 in
+    --everything) everything=yes; shift; continue ;;
+    --overwrite) shared+=("$1"); shift; continue ;;
+    --pretrain-steps) pretrain+=("$1" "$2") ;;
+    --probe-steps | --probe-lr) probe+=("$1" "$2") ;;
+    --steps | --lr | --batch-size) finetune+=("$1" "$2") ;;
+    --lambdas | --lambda-max) merge+=("$1" "$2") ;;
+    --subsets | --images-per-task) subsets+=("$1" "$2") ;;
+    --pairs | --points | --limit | --samples) disentangle+=("$1" "$2") ;;
+    --runs) shared+=("$1" "$2"); report+=("$1" "$2") ;;
+    *) shared+=("$1" "$2") ;;
+  esac
+  shift 2
 done
 
+source tests/setup.sh
 recipes=(aligned)
 if [ $everything = yes ]; then
   recipes+=(full)
-  case $encoder in *clip*) recipes+=(zeroshot zeroshot-full) ;; esac
+  case $encoder in open_clip:* | vit_*_clip_*) recipes+=(zeroshot zeroshot-full) ;; esac
+  subsets=(--subsets 5 ${subsets[@]+"${subsets[@]}"})
 fi
 if [ "$encoder" = tiny ]; then  # sized for two CPU cores; what is given on the command line comes later and wins
   finetune=(--steps 120 --batch-size 64 --lr 5e-4 ${finetune[@]+"${finetune[@]}"})
   disentangle=(--points 13 --samples 128 ${disentangle[@]+"${disentangle[@]}"})
-  subsets=(--subsets 5 --images-per-task 60 "${subsets[@]:2}")
+  if [ ${#subsets[@]} -gt 0 ]; then subsets=(--images-per-task 60 "${subsets[@]}"); fi
   python pretrain.py tiny ${shared[@]+"${shared[@]}"} ${pretrain[@]+"${pretrain[@]}"}
 fi
 python probe.py "$encoder" ${shared[@]+"${shared[@]}"} ${probe[@]+"${probe[@]}"}
@@ -47,6 +59,6 @@ for recipe in "${recipes[@]}"; do
   python make_vectors.py "${stage[@]}"
   python merge_eval.py "${stage[@]}" ${merge[@]+"${merge[@]}"}
   python disentangle.py "${stage[@]}" ${disentangle[@]+"${disentangle[@]}"}
-  if [ $everything = yes ]; then python merge_eval.py "${stage[@]}" ${merge[@]+"${merge[@]}"} "${subsets[@]}"; fi
+  if [ ${#subsets[@]} -gt 0 ]; then python merge_eval.py "${stage[@]}" ${merge[@]+"${merge[@]}"} "${subsets[@]}"; fi
 done
 python report.py ${report[@]+"${report[@]}"}

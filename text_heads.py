@@ -36,8 +36,8 @@ def clean(name):
     return re.sub(r"[_/\s]+", " ", name).strip()
 
 
-def text_tower(args):
-    """(open_clip model, tokenizer) whose image tower the encoder is; Refused for an encoder without a text tower."""
+def text_tower(args, encoder):
+    """(open_clip model, tokenizer) whose image tower the encoder is; Refused for an encoder without a text tower, or another's."""
     import open_clip
     name = TEXT_TOWERS.get(args.encoder, args.encoder)
     if not name.startswith("open_clip:"):
@@ -48,14 +48,22 @@ def text_tower(args):
         if not args.weights:
             go_offline_if_unreachable()
         source = str(args.weights) if args.weights else tag
+        if not source and args.encoder != "vit_b16_clip_laion400m":
+            raise Refused(f"{args.encoder} names no checkpoint: give the whole CLIP checkpoint with --weights FILE")
         if not source:
             from encoders import CLIP_400M_FILE
             from huggingface_hub import hf_hub_download
             source = hf_hub_download(*CLIP_400M_FILE)
         kwargs = {"force_quick_gelu": True} if open_clip.get_pretrained_cfg(arch, tag).get("quick_gelu") else {}
         model = open_clip.create_model(arch, pretrained=source, **kwargs).eval()
+    except Refused:
+        raise
     except Exception as error:  # the hub client and torch's unpickler raise many types
         raise Refused(f"the text tower of {args.encoder} could not be had ({type(error).__name__}: {error}): give the whole CLIP checkpoint with --weights FILE") from error
+    stem, own = (next(tensor for tensor in module.state_dict().values() if tensor.ndim == 4) for module in (model.visual, encoder.module))
+    if not torch.equal(stem, own):
+        raise Refused(f"the text tower's checkpoint has another image tower than runs/ENCODER/pretrained.safetensors of {args.encoder}: "
+                      f"give the checkpoint that one was made from with --weights FILE")
     return model, open_clip.get_tokenizer(arch)
 
 

@@ -15,6 +15,8 @@ STAGES = {  # the settings of conftest.SMALL, stage by stage
     "probe": ["--probe-steps", "300"], "finetune": ["--steps", "20", "--batch-size", "32", "--lr", "5e-4"], "make_vectors": [], "merge_eval": [],
     "disentangle": ["--points", "5", "--samples", "100"],
 }
+RESULT = {"probe": "tiny/probe.json", "finetune": "tiny/aligned/finetune.json", "make_vectors": "tiny/aligned/vectors.json",
+          "merge_eval": "tiny/aligned/merge.json", "disentangle": "tiny/aligned/disentangle.json"}
 
 
 def snapshot(folder):
@@ -25,11 +27,15 @@ def snapshot(folder):
 def refuse(name, *words):
     """Call a stage's main in this process; returns the refusal's text. Any other exception, or none, fails the test."""
     from files import Refused
-    module = importlib.import_module(name)
     with pytest.raises(Refused) as refusal:
-        module.main(module.parse_args([str(word) for word in words]))
-    assert "\n" not in " ".join(str(refusal.value).split())
+        perform(name, *words)
     return str(refusal.value)
+
+
+def perform(name, *words):
+    """Call a stage's main in this process with command-line words."""
+    module = importlib.import_module(name)
+    module.main(module.parse_args([str(word) for word in words]))
 
 
 @pytest.fixture
@@ -79,7 +85,7 @@ def test_encoders_that_cannot_be_had(tmp_path, words, said):
 ])
 def test_unknown_tasks(study, tasks, said):
     before = snapshot(study)
-    assert said in refuse("probe", "tiny", "--runs", study, "--tasks", tasks or ",")
+    assert said in refuse("probe", "tiny", "--runs", study, "--tasks", tasks)
     assert snapshot(study) == before
 
 
@@ -171,9 +177,7 @@ def test_a_checkpoint_of_another_architecture_missing_keys_or_with_nan_is_refuse
 ])
 def test_a_missing_earlier_stage_is_named(copy, name, gone, said):
     (copy / gone).unlink()
-    for result in ("finetune.json", "merge.json"):  # so that the stage has work to do
-        if name != "merge_eval" or result != "finetune.json":
-            (copy / "tiny/aligned" / result).unlink(missing_ok=True)
+    (copy / RESULT[name]).unlink(missing_ok=True)  # so that the stage has work to do
     before = snapshot(copy)
     message = refuse(name, "tiny", "--runs", copy, "--tasks", ",".join(TASKS), *STAGES[name])
     assert said in message and Path(gone).name in message
@@ -192,12 +196,29 @@ def test_a_cut_or_altered_file_is_refused_by_name(copy, name, file, damage):
     else:
         content[-10] ^= 1
     (copy / file).write_bytes(content)
-    for result in ("aligned/finetune.json", "aligned/merge.json", "probe.json"):
-        if not (name == "merge_eval" and "finetune" in result):
-            (copy / "tiny" / result).unlink()
+    (copy / RESULT[name]).unlink()
     before = snapshot(copy)
     assert file in refuse(name, "tiny", "--runs", copy, "--tasks", ",".join(TASKS), *STAGES[name])
     assert snapshot(copy) == before
+
+
+@pytest.mark.parametrize("gone, makes, uses", [("tiny/heads/signs.safetensors", "probe", "finetune"),
+                                               ("tiny/aligned/finetuned/signs.safetensors", "finetune", "make_vectors")])
+def test_the_command_that_is_named_brings_a_lost_file_back(copy, gone, makes, uses):
+    lost = (copy / gone).read_bytes()
+    (copy / gone).unlink()
+    (copy / RESULT[uses]).unlink()
+    shared = ["tiny", "--runs", copy, "--tasks", ",".join(TASKS)]
+    refuse(uses, *shared, *STAGES[uses])
+    perform(makes, *shared, *STAGES[makes])
+    assert (copy / gone).read_bytes() == lost  # bit for bit: same seed, same machine
+    perform(uses, *shared, *STAGES[uses])
+
+
+def test_another_data_set_under_the_same_name_is_not_taken_for_the_first(copy, tmp_path):
+    words = ["tiny", "--runs", copy, *STAGES["probe"]]
+    perform("probe", *words, "--tasks", f"pets={image_folder(tmp_path / 'a', n_train=40)}")
+    assert "features/pets" in refuse("probe", *words, "--tasks", f"pets={image_folder(tmp_path / 'b', n_train=50)}")
 
 
 def test_a_cut_image_cache_is_refused_by_name(copy):
@@ -218,8 +239,7 @@ def test_heads_features_and_vectors_of_another_encoder_are_refused_by_name(copy,
     (copy / "tiny/probe.json").unlink()
     message = refuse("probe", "tiny", "--runs", copy, "--tasks", ",".join(TASKS), "--probe-steps", "300")
     assert "features/glyphs" in message and "theta_pre" in message
-    import probe
-    probe.main(probe.parse_args(["tiny", "--runs", str(copy), "--tasks", "glyphs", "--probe-steps", "3", "--probe-lr", "0.01", "--overwrite"]))
+    perform("probe", "tiny", "--runs", copy, "--tasks", "glyphs", "--probe-steps", "3", "--probe-lr", "0.01", "--overwrite")
 
 
 def test_other_settings_are_refused_by_name_and_overwrite_allows_them(copy):
@@ -241,15 +261,14 @@ def test_a_vector_trained_against_another_head_is_refused(copy):
 
 
 def test_a_vector_of_an_earlier_fine_tuning_is_refused(copy):
-    import finetune
-    finetune.main(finetune.parse_args(["tiny", "--runs", str(copy), "--tasks", "glyphs", "--steps", "2", "--lr", "1e-3", "--overwrite"]))
+    perform("finetune", "tiny", "--runs", copy, "--tasks", "glyphs", "--steps", "2", "--lr", "1e-3", "--overwrite")
     assert "make_vectors.py" in refuse("disentangle", "tiny", "--runs", copy, "--tasks", ",".join(TASKS), "--overwrite", *STAGES["disentangle"])
 
 
 def test_disentangle_refuses_odd_requests(study):
     runs = ["tiny", "--runs", study, "--tasks"]
     assert "two tasks" in refuse("disentangle", *runs, "glyphs")
-    assert "even" in refuse("disentangle", *runs, "glyphs,signs", "--points", "4")
+    assert "odd" in refuse("disentangle", *runs, "glyphs,signs", "--points", "4") and "odd" in refuse("disentangle", *runs, "glyphs,signs", "--points", "1")
     assert "'glyphs-letters'" in refuse("disentangle", *runs, "glyphs,signs", "--pairs", "glyphs-letters")
 
 
@@ -257,8 +276,7 @@ def test_a_finished_study_run_again_does_nothing(copy, capsys):
     """Each stage with the settings of SMALL; make_vectors makes its summary anew and leaves the vectors alone."""
     before = {path: stat for path, stat in snapshot(copy).items() if path.name not in ("vectors.json", "vectors.png", "overlap.png")}
     for name, settings in STAGES.items():
-        module = importlib.import_module(name)
-        module.main(module.parse_args(["tiny", "--runs", str(copy), "--tasks", ",".join(TASKS), *settings]))
+        perform(name, "tiny", "--runs", copy, "--tasks", ",".join(TASKS), *settings)
     assert capsys.readouterr().out.count("nothing to do") == 4
     now = snapshot(copy)
     assert {path: now[path] for path in before} == before

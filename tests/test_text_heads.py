@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from files import Refused
 from test_bad_input import image_folder, refuse
 
 import common
@@ -35,7 +36,8 @@ def test_a_text_head_agrees_with_open_clips_own_zero_shot_classifier(clip):
     classes = ["speed_limit", "stop", "no entry"]
     task = common.Task("gtsrb", {}, classes, "")
     args = common.stage_parser("").parse_args([f"open_clip:{ARCH}", "--weights", str(path)])
-    head = text_heads.text_head(task, *text_heads.text_tower(args), torch.device("cpu"))
+    encoder = encoders.Encoder("clip", model.visual, 224, (0.5,) * 3, (0.5,) * 3, 1.0, "")
+    head = text_heads.text_head(task, *text_heads.text_tower(args, encoder), torch.device("cpu"))
     reference = open_clip.build_zero_shot_classifier(model, open_clip.get_tokenizer(ARCH), ["speed limit", "stop", "no entry"],
                                                      [lambda c, t=t: t.format(c) for t in text_heads.TEMPLATES["gtsrb"]])  # (D, C)
     torch.testing.assert_close(head["weight"], (model.logit_scale.exp() * reference.T).detach(), atol=1e-4, rtol=1e-4)
@@ -43,6 +45,14 @@ def test_a_text_head_agrees_with_open_clips_own_zero_shot_classifier(clip):
     with torch.no_grad():
         features = model.encode_image(images)
         torch.testing.assert_close(common.logits(features, head), model.logit_scale.exp() * model.encode_image(images, normalize=True) @ reference, atol=1e-3, rtol=1e-3)
+
+
+def test_a_text_tower_of_another_checkpoint_is_refused(clip):
+    import open_clip
+    other = encoders.Encoder("clip", open_clip.create_model(ARCH).visual, 224, (0.5,) * 3, (0.5,) * 3, 1.0, "")
+    for weights, said in ((["--weights", str(clip[1])], "another image tower"), ([], "names no checkpoint")):
+        with pytest.raises(Refused, match=said):
+            text_heads.text_tower(common.stage_parser("").parse_args([f"open_clip:{ARCH}", *weights]), other)
 
 
 def test_an_encoder_without_a_text_tower_is_refused(study):
