@@ -51,8 +51,8 @@ def main(args):
     if recipe.head == "probed":
         files.require_rows(folder / "probe.json", list(sources), f"python probe.py {args.encoder}")
     tasks = {name: common.load_task(name, source, encoder, args) for name, source in sources.items()}
-    todo = [name for name, task in tasks.items() if done.get(name, {}).get("data") != task.fingerprint
-            or not (folder / args.recipe / "finetuned" / f"{name}.safetensors").exists()]
+    written = {name: [folder / args.recipe / "finetuned" / f"{name}.safetensors", common.head_file(folder, args.recipe, name, args.encoder)[0]] for name in tasks}
+    todo = [name for name, task in tasks.items() if done.get(name, {}).get("data") != task.fingerprint or not all(file.exists() for file in written[name])]
     if not todo:
         print(f"finetune: {path} has all {len(sources)} tasks, nothing to do (--overwrite to redo)")
         return
@@ -104,9 +104,9 @@ def main(args):
             raise files.Refused(f"task {name}: training diverged at learning rate {result['lr']:g}; "
                                  f"finished tasks are kept, a smaller --lr needs --overwrite or another --runs")
         about = {"theta_pre": encoder.theta_pre, "recipe": args.recipe, "task": name, "data": tasks[name].fingerprint}
-        files.save_tensors(folder / args.recipe / "finetuned" / f"{name}.safetensors", theta_t, **about, head=files.fingerprint(head))
+        files.save_tensors(written[name][0], theta_t, **about, head=files.fingerprint(head))
         if recipe.head != "probed":
-            files.save_tensors(common.head_file(folder, args.recipe, name, args.encoder)[0], head, **about)
+            files.save_tensors(written[name][1], head, **about)
         done[name] = evaluate(evaluator, encoder, theta_t, tasks[name], head, ["val", "test"]) | cost | {"data": tasks[name].fingerprint}
         if recipe.head == "text":
             split = tasks[name].splits["test"]

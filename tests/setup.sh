@@ -8,6 +8,7 @@ if [ -x .venv/bin/python ]; then
 fi
 if ! { command -v python >/dev/null && has_packages python; }; then
   echo "set-up: the active Python lacks packages of requirements.txt; installing them into .venv (about 6 GB with CUDA, once)"
+  python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "set-up: Python 3.11 or newer is needed, python3 is $(python3 --version 2>&1)" >&2; exit 2; }
   [ -x .venv/bin/python ] || python3 -m venv .venv
   export PATH="$PWD/.venv/bin:$PATH"
   python -m pip install --quiet --requirement requirements.txt
