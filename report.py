@@ -2,7 +2,7 @@
 Every table and figure over everything in runs/, ours beside the published numbers.
 
     python report.py                                             # all encoders and recipes found in runs/
-    python report.py --runs elsewhere
+    python report.py --runs runs --seeds runs-seed1 runs-seed2   # mean and deviation over seeds, each in a folder of its own
 
 Reads   runs/*/probe.json, runs/*/RECIPE/*.json, the heat maps' A-B.npz
 Writes  runs/report/report.md, report.html (one self-contained page), *.png
@@ -42,6 +42,7 @@ WHAT_MAKES = {"finetune.json": "finetune.py", "vectors.json": "make_vectors.py",
 def parse_args(argv=None):
     parser = files.flag_parser(__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of results (default runs)")
+    parser.add_argument("--seeds", type=Path, nargs="+", default=[], help="other folders with the same study under other seeds")
     return parser.parse_args(argv)
 
 
@@ -75,6 +76,19 @@ def main(args):
     if tables:
         blocks += [("text", "Test accuracy in percent, mean over tasks, n test images in all; normalized is the mean over tasks of merged / single-task accuracy.")]
     blocks += tables
+
+    # ------------------------------------------------------------------ mean and deviation over seeds
+    rows = []
+    for (encoder, recipe), merge in merges.items():
+        others = [folder / folders[encoder].name / recipe / "merge.json" for folder in args.seeds]
+        seeded = [merge, *(files.read_json(path, f"python merge_eval.py {encoder} --recipe {recipe} --runs {path.parents[2]}") for path in others if path.exists())]
+        if len(seeded) > 1:
+            columns = [[one["test_lambda0"]["absolute"], common.mean(one["single_task"].values()), one["test"]["absolute"], one["test"]["normalized"]] for one in seeded]
+            rows.append([encoder, recipe, len(seeded), *[f"{100 * np.mean(column):.1f} +- {100 * np.std(column, ddof=1):.1f}" for column in zip(*columns)],
+                         ", ".join(f"{one['best_lambda']:g}" for one in seeded)])
+    if rows:
+        blocks += [("heading2", "Over seeds"), ("text", "Mean and standard deviation of the test figures above; the seed reaches everything but the validation split."),
+                   ("table", ["encoder", "recipe", "seeds", "lambda = 0", "single task", "addition", "normalized", "lambda"], rows)]
 
     # ------------------------------------------------------------------ figures over all encoders and recipes
     pictures = []

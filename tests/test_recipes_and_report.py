@@ -111,6 +111,19 @@ def test_the_report_shows_what_is_there_and_the_command_for_what_is_not(both, tm
         run("report", "--runs", tmp_path / "empty")
 
 
+def test_the_report_over_seeds_gives_mean_and_deviation(both, tmp_path):
+    other = tmp_path / "seed1/tiny/aligned"
+    other.mkdir(parents=True)
+    merge = json.loads((both / "tiny/aligned/merge.json").read_text())
+    first = merge["test"]["absolute"]
+    merge["test"]["absolute"] += 0.02
+    (other / "merge.json").write_text(json.dumps(merge))
+    half = Path(shutil.copytree(both, tmp_path / "runs"))
+    run("report", "--runs", half, "--seeds", tmp_path / "seed1", tmp_path / "nothing")
+    assert "| tiny | aligned | 2 |" in (text := (half / "report/report.md").read_text())
+    assert f"{100 * (first + 0.01):.1f} +- {100 * 0.02 / 2 ** 0.5:.1f}" in text
+
+
 def test_subsets_of_one_task_are_refused(both):
     with pytest.raises(files.Refused, match="two tasks or more"):
         run("merge_eval", "tiny", "--runs", both, "--tasks", "glyphs", "--subsets", "3")
