@@ -136,7 +136,8 @@ def error_grid(evaluator, images, heads, single, lambdas):
 def draw(path, xi, lambdas, a, b, title):
     fig, axes = common.figure(4.6, 4.0)
     image = common.heat_map(axes, xi, lambdas)
-    axes.set(xlabel=f"lambda of {a}", ylabel=f"lambda of {b}", title=title)
+    axes.set(xlabel=f"lambda of {a}", ylabel=f"lambda of {b}")
+    axes.set_title(title, loc="left", fontsize=8)
     fig.colorbar(image, ax=axes, label="disentanglement error xi, 0 to 2")
     common.save_figure(path, fig)
 

@@ -194,7 +194,8 @@ def draw(path, result, title):
     axes.axhline(normalized[0], color="black", linestyle=":", linewidth=1)
     axes.annotate("probing (lambda = 0)", (lambdas[-1], normalized[0]), ha="right", va="bottom", fontsize=8)
     axes.plot(best, max(normalized), marker="*", markersize=14, color="crimson", label=f"chosen, lambda = {best:g}", linestyle="none")
-    axes.set(xlabel="scaling coefficient lambda", ylabel="validation accuracy", ylim=(0, 1.03), title=title)
+    axes.set(xlabel="scaling coefficient lambda", ylabel="validation accuracy", ylim=(0, 1.03))
+    axes.set_title(title, loc="left", fontsize=9)
     fig.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     common.save_figure(path, fig)
 
