@@ -64,10 +64,11 @@ def replacing(path):
     Where another process has made the same folder meanwhile, its folder stays. What a killed process left behind is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.name}.*.tmp"):
-        if not Path("/proc", left.suffixes[-2][1:]).exists() and Path("/proc/self").exists():
+    prefix = f".{path.name}.{platform.node()}."                            # another machine's process cannot be looked up here
+    for left in path.parent.glob(f"{prefix}*.tmp"):
+        if Path("/proc/self").exists() and not Path("/proc", left.name[len(prefix):-4]).exists():
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{prefix}{os.getpid()}.tmp")
     try:
         yield temporary
         for file in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:

@@ -233,6 +233,19 @@ def test_resizing_on_the_device_matches_pillow_within_two_grey_levels(small_enco
     assert ours.shape == (18, 18, 3) and np.abs(ours.astype(int) - theirs).max() <= 2
 
 
+def test_only_what_a_dead_process_of_this_machine_left_is_removed(tmp_path):
+    import os
+    import platform
+    import subprocess
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    names = [f".a.json.{host}.{pid}.tmp" for host, pid in ((platform.node(), gone.pid), (platform.node(), os.getppid()), ("elsewhere", gone.pid))]
+    for name in names:
+        (tmp_path / name).write_text("half")
+    files.write_json(tmp_path / "a.json", {"config": {}})
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["a.json", *names[1:]])
+
+
 def test_learning_rate_warms_up_for_a_tenth_and_falls_to_zero():
     rates = [common.learning_rate(step, 2000, 1.0) for step in range(2000)]
     assert rates[0] == 1 / 200 and rates[199] == 1 and rates[200] == 1 and rates[1100] == pytest.approx(0.5)
