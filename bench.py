@@ -90,7 +90,7 @@ def main(args):
     flops = common.forward_flops(random_encoder(args))
     rows = {"evaluator": [n * len(settings) / seconds for seconds in ours], "bare forward": [batches * evaluator.batch_size / s for s in bare_seconds],
             "plain way": [n / seconds for seconds in plain]}
-    result = {"config": {key: str(value) for key, value in vars(args).items()}, "machine": files.machine(device), "dtype": str(evaluator.dtype)[6:],
+    result = {"config": {key: str(value) for key, value in vars(args).items()}, **files.provenance(device), "dtype": str(evaluator.dtype)[6:],
               "batch_size": evaluator.batch_size, "compile_seconds": compile_seconds, "images_per_second": rows, "flops_per_image": flops,
               "seconds_per_lambda": float(np.median(lambda_seconds)), "peak_bytes_by_tasks": peaks, "encoder_bytes": encoder_bytes}
     files.write_json(args.out, result)

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -178,7 +179,7 @@ def open_result(path, config, overwrite, device):
     """The result of an earlier run with the same settings, to be continued, or a new one.
 
     config   dict of every setting that changes the numbers (JSON values)
-    Returns  dict with "config" and "machine", ready for the stage's own keys
+    Returns  dict with "config", "command" and "machine", ready for the stage's own keys
     Errors   Refused if `path` holds a result of other settings; they are named
     """
     config = json.loads(json.dumps(config))
@@ -193,14 +194,15 @@ def open_result(path, config, overwrite, device):
     if differ:
         raise Refused(f"{path} holds a result of other settings ({'; '.join(differ)}): "
                       f"give --overwrite to replace it or another --runs to keep both")
-    return result | {"config": config, "machine": machine(device)}
+    return result | {"config": config} | provenance(device)
 
 
-def machine(device):
-    """Where a number was made: device, threads, library versions, date (UTC)."""
+def provenance(device):
+    """How and where a number was made: {"command", "machine": device, threads, library versions, date (UTC)}."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {cpu_name()}"
-    return {"device": name, "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
+    where = {"device": name, "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
             "timm": importlib.metadata.version("timm"), "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat()}
+    return {"command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "machine": where}
 
 
 def go_offline_if_unreachable():

@@ -61,7 +61,7 @@ def main(args):
 
     # ------------------------------------------------------------------ results, made anew each time: they cost seconds
     config = {"encoder": args.encoder, "theta_pre": encoder.theta_pre, "recipe": args.recipe, "finetuned": sources}
-    result = {"config": config, "machine": files.machine(device), "tasks": names, "norm": norm, "relative_norm": relative_norm,
+    result = {"config": config} | files.provenance(device) | {"tasks": names, "norm": norm, "relative_norm": relative_norm,
               "relative_norm_per_layer": layers, "cosine": cosine, "subspace_rank": RANK, "subspace_overlap": overlap,
               "subspace_overlap_by_chance": by_chance, "subspace_overlap_per_layer": per_layer}
     files.write_json(recipe_folder / "vectors.json", result)
