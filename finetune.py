@@ -80,6 +80,7 @@ def main(args):
         for lr in LEARNING_RATES:
             if f"{lr:g}" in tried:
                 continue
+            start = time.perf_counter()
             theta_t, head, cost = train(forward, module, encoder, tasks[search], heads[search], lr, args)
             if theta_t is None:
                 print(f"finetune: search on {search}, learning rate {lr:g}: diverged", flush=True)
@@ -89,6 +90,7 @@ def main(args):
                 print(f"finetune: search on {search}, learning rate {lr:g}: validation {val:.4f}", flush=True)
                 if val > max([0, *(other for key, other in tried.items() if other is not None and key != f"{lr:g}")]):
                     best = lr, (theta_t, head, cost)
+            result["search"].setdefault("seconds", {})[f"{lr:g}"] = time.perf_counter() - start
             files.write_json(path, result)
         if all(val is None for val in tried.values()):
             raise files.Refused(f"every learning rate of the search diverged on {search}; give --lr")

@@ -51,12 +51,14 @@ def main(args):
     # ------------------------------------------------------------------ learning rate, on one task's validation split
     if "lr" not in result:
         features, accuracies = common.cached_features(folder, tasks[search], evaluator, args.overwrite), {}
+        start = time.perf_counter()
         for lr in [args.probe_lr] if args.probe_lr else LEARNING_RATES:
             head = train_head(features["train"], tasks[search], lr, args)
             accuracies[lr] = common.count_hits(features["val"], head, tasks[search].splits["val"]) / len(features["val"])
             print(f"probe: search on {search}, learning rate {lr:g}: validation {accuracies[lr]:.4f}", flush=True)
         result["lr"] = max(accuracies, key=accuracies.get)
-        result["search"] = {"task": search, "val": {f"{lr:g}": value for lr, value in accuracies.items()}}
+        result["search"] = {"task": search, "val": {f"{lr:g}": value for lr, value in accuracies.items()},
+                            "seconds": time.perf_counter() - start}
 
     # ------------------------------------------------------------------ one head per task
     for name in todo:
