@@ -158,7 +158,7 @@ class Split(NamedTuple):
 class Task(NamedTuple):
     name: str
     splits: dict        # {"train", "val", "test"} -> Split
-    classes: list       # C class names
+    classes: list       # C class names; their numbers where the data set names none
     fingerprint: str    # SHA-256 of all pixels and labels
 
 
@@ -341,7 +341,7 @@ def read_dataset(name, source):
     if isinstance(features[label], datasets.ClassLabel):
         classes = list(features[label].names)
     else:
-        classes = [str(number) for number in range(int(labels["train"].max()) + 1)]
+        classes = list(range(int(labels["train"].max()) + 1))
     for split, column in labels.items():
         if column.min() < 0 or column.max() >= len(classes):
             raise Refused(f"task {name}: split {split} has labels {column.min()} to {column.max()}, but there are {len(classes)} classes (0 to {len(classes) - 1})")
@@ -724,12 +724,12 @@ def forward_flops(encoder):
 # ---------------------------------------------------------------------------------------------- pictures
 
 
-def figure(width, height, columns=1):
-    """A matplotlib figure of width x height inches and its axes (an array of them for several columns), without a window system."""
+def figure(width, height, rows=1, columns=1):
+    """A matplotlib figure of width x height inches and its axes (an array of them where there are several), without a window system."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    return plt.subplots(1, columns, figsize=(width, height), layout="constrained")
+    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained")
 
 
 def heat_map(axes, xi, lambdas):

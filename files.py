@@ -170,7 +170,7 @@ def read_json(path, made_by):
         result = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise Refused(f'{path} is not valid JSON ({error}): delete it and run "{made_by}" again') from error
-    if not isinstance(result, dict) or not isinstance(result.get("config"), dict):
+    if not isinstance(result, dict) or not isinstance(result.get("config"), dict) or not isinstance(result.get("command"), str):
         raise Refused(f'{path} is no result of this study: delete it and run "{made_by}" again')
     return result
 

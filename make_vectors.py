@@ -5,11 +5,12 @@ Task vectors tau_t = theta_t - theta_pre: their size, the angles between them, a
     python make_vectors.py tiny --recipe aligned
 
 Reads   runs/ENCODER/pretrained.safetensors, RECIPE/finetuned/TASK.safetensors (finetune.py)
-Writes  runs/ENCODER/RECIPE/vectors/TASK.safetensors, vectors.json, vectors.png, overlap.png
+Writes  runs/ENCODER/RECIPE/vectors/TASK.safetensors, vectors.json, vectors.png, overlap.png, overlap_layers.png
 Source  arXiv:2511.14569 section 2; the cosine matrix follows Ilharco et al., arXiv:2212.04089. Overlap of two tasks in one layer:
         |U_a^T U_b|^2 / k for the k leading singular directions of the layer's two updates, on the shorter side of the matrix;
         1 for the same subspace, k / d on average for random ones (d the length of that side)
 """
+import numpy as np
 import torch
 
 import common
@@ -57,16 +58,18 @@ def main(args):
     cosine = [[float(a @ b) for b in directions] for a in directions]
     per_layer = {key: [[float((a.T @ b).square().sum() / RANK) for b in bases] for a in bases] for key, bases in subspaces.items()}
     overlap = [[common.mean(per_layer[key][i][j] for key in matrices) for j in range(len(names))] for i in range(len(names))]
-    by_chance = common.mean(RANK / min(theta_pre[key].flatten(1).shape) for key in matrices)
+    chance = {key: RANK / min(theta_pre[key].flatten(1).shape) for key in matrices}
+    by_chance = common.mean(chance.values())
 
     # ------------------------------------------------------------------ results, made anew each time: they cost seconds
     config = {"encoder": args.encoder, "theta_pre": encoder.theta_pre, "recipe": args.recipe, "finetuned": sources}
     result = {"config": config} | files.provenance(device) | {"tasks": names, "norm": norm, "relative_norm": relative_norm,
               "relative_norm_per_layer": layers, "cosine": cosine, "subspace_rank": RANK, "subspace_overlap": overlap,
-              "subspace_overlap_by_chance": by_chance, "subspace_overlap_per_layer": per_layer}
+              "subspace_overlap_by_chance": by_chance, "subspace_overlap_per_layer": per_layer, "subspace_overlap_by_chance_per_layer": chance}
     files.write_json(recipe_folder / "vectors.json", result)
     draw(recipe_folder / "vectors.png", names, cosine, f"cosine of task vectors\n{args.encoder}, {args.recipe}")
     draw(recipe_folder / "overlap.png", names, overlap, f"overlap of rank-{RANK} subspaces, {by_chance:.2f} by chance\n{args.encoder}, {args.recipe}")
+    draw_layers(recipe_folder / "overlap_layers.png", per_layer, chance, f"overlap of rank-{RANK} subspaces, layer by layer; {args.encoder}, {args.recipe}, tasks {', '.join(names)}")
 
 
 def leading_directions(matrix, rank):
@@ -100,6 +103,26 @@ def draw(path, names, matrix, title):
     axes.set_yticks(range(len(names)), names)
     axes.set_title(title, fontsize=10)
     fig.colorbar(image, ax=axes, fraction=0.046)
+    common.save_figure(path, fig)
+
+
+def draw_layers(path, per_layer, chance, title):
+    """One matrix over tasks for every block (the mean over its weights), on one colour scale, with the level of random subspaces."""
+    blocks = {layer: list(pick(per_layer, layer)) for layer in layer_names(per_layer)}
+    columns = min(6, len(blocks))
+    rows = -(-len(blocks) // columns)
+    fig, panels = common.figure(1.9 * columns + 0.8, 2.1 * rows + 0.4, rows, columns)
+    panels = np.atleast_1d(panels).ravel()
+    for axes, (layer, keys) in zip(panels, blocks.items()):
+        matrix = np.mean([per_layer[key] for key in keys], axis=0)         # (T, T)
+        image = axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1)
+        off = matrix[~np.eye(len(matrix), dtype=bool)]
+        pairs = f"pairs {off.mean():.2f}, " if len(off) else ""
+        axes.set_title(f"{layer}\n{pairs}chance {np.mean([chance[key] for key in keys]):.2f}", fontsize=8)
+    for axes in panels:
+        axes.set_axis_off()
+    fig.suptitle(title, fontsize=8)
+    fig.colorbar(image, ax=list(panels), fraction=0.03)
     common.save_figure(path, fig)
 
 

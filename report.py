@@ -11,12 +11,14 @@ Source  arXiv:2511.14569 Tables 1, 3, 4 and Figures 1 to 9
 import base64
 import html
 import os
+import shlex
 from pathlib import Path
 
 import numpy as np
 
 import common
 import files
+import text_heads
 
 # Published averages over the paper's eight tasks, percent; the last column is lambda. None: not legible in the source.
 PAPER = {
@@ -36,7 +38,9 @@ PAPER = {
         "vit_b16_clip_laion2b": (54.42, 91.63, 71.16, 75.89, 0.25)}),
 }
 WHAT_MAKES = {"finetune.json": "finetune.py", "vectors.json": "make_vectors.py", "merge.json": "merge_eval.py",
-              "disentangle.json": "disentangle.py", "scaling.json": "merge_eval.py --subsets"}
+              "disentangle.json": "disentangle.py", "scaling.json": "merge_eval.py --subsets 5"}
+COMPARISONS = [("data size", "vit_b16_sup_in1k", "vit_b16_sup_in21k"), ("data size", "vit_b16_clip_laion400m", "vit_b16_clip_laion2b"),
+               ("model scale", "vit_b16_sup_in21k", "vit_l16_sup_in21k"), ("model scale", "vit_b16_clip_laion2b", "vit_l14_clip_laion2b")]
 
 
 def parse_args(argv=None):
@@ -96,7 +100,13 @@ def main(args):
         pictures.append((draw_curves(out / "curves.png", merges), "Normalized validation accuracy against lambda; lambda = 0 is probing where the head is probed."))
     scalings = {key: results["scaling.json"] for key, results in found.items() if "scaling.json" in results}
     if scalings:
-        pictures.append((draw_scalings(out / "scaling.png", scalings), "Normalized test accuracy against the number of merged tasks, lambda picked for each subset."))
+        caps = {result["config"]["images_per_task"] or "all" for result in scalings.values()}
+        caption = f"Normalized test accuracy against the number of merged tasks, lambda picked for each subset; validation and test images per task at most: {', '.join(map(str, caps))}."
+        pictures.append((draw_scalings(out / "scaling.png", scalings), caption))
+        for what, *compared in COMPARISONS:
+            chosen = {key: result for key, result in scalings.items() if key[0] in compared and key[1] == "aligned"}
+            if len(chosen) == 2:
+                pictures.append((draw_scalings(out / f"scaling-{'-'.join(compared)}.png", chosen), f"The same, {what}: {' and '.join(compared)}."))
         similarity = {key: pair_similarity(scalings[key], found[key]["vectors.json"]) for key in scalings if "vectors.json" in found[key]}
         if any(similarity.values()):
             pictures.append((draw_similarity(out / "pairs.png", similarity), "Merging two tasks: normalized accuracy against the cosine of the two vectors."))
@@ -106,6 +116,10 @@ def main(args):
         grids = {key: path for key, path in grids.items() if path.exists()}
         if len(grids) > 1:
             pictures.append((draw_panels(out / f"disentangle-{pair}.png", pair, grids), f"Disentanglement error of {pair}, one colour scale."))
+        for what, *compared in COMPARISONS:
+            chosen = {key: path for key, path in grids.items() if key[0] in compared and key[1] == "aligned"}
+            if len(chosen) == 2:
+                pictures.append((draw_panels(out / f"disentangle-{pair}-{'-'.join(compared)}.png", pair, chosen), f"The same, {what}: {' and '.join(compared)}."))
     if pictures:
         blocks.append(("heading2", "All encoders and recipes together"))
         for path, caption in pictures:
@@ -115,19 +129,28 @@ def main(args):
     rows = [cost_row(encoder, recipe, results["finetune.json"], probes[encoder]) for (encoder, recipe), results in found.items()
             if results.get("finetune.json", {}).get("tasks")]
     if rows:
-        blocks += [("heading2", "Cost"), ("text", "Aligned counts probing too: features of every image once, then the heads. Seconds are those of the machine named below."),
-                   ("table", ["encoder", "recipe", "tasks", "probing, s", "fine-tuning, s", "images trained on", "parameters trained per task"], rows)]
+        blocks += [("heading2", "Cost"), ("text", "Aligned counts probing too: features of every image once, the search, then the heads. A learning-rate search trains one task at six rates; "
+                                                  "the picked rate's run is that task's own training and counts there. Seconds are those of the machines named below."),
+                   ("table", ["encoder", "recipe", "tasks", "probing, s", "learning-rate search, s", "fine-tuning, s", "images trained on", "parameters trained per task"], rows)]
 
     # ------------------------------------------------------------------ one section for each encoder and recipe
     for (encoder, recipe), results in found.items():
         blocks += [("heading2", f"{encoder}, {recipe}"), *section(folders[encoder] / recipe, probes[encoder], results)]
 
     # ------------------------------------------------------------------ what is missing
-    missing = [[encoder, recipe, f"python {script} {encoder} --recipe {recipe}" + (" 5" if "subsets" in script else "")]
-               for (encoder, recipe), results in found.items() for name, script in WHAT_MAKES.items() if name not in results]
-    missing += [[encoder, "aligned", f"python finetune.py {encoder}"] for encoder in probes if (encoder, "aligned") not in found]
+    missing = [[encoder, recipe, command(script, recipe, probe)] for encoder, probe in probes.items() for recipe in common.RECIPES
+               if common.RECIPES[recipe].head != "text" or encoder in text_heads.TEXT_TOWERS or encoder.startswith("open_clip:")
+               for name, script in WHAT_MAKES.items() if name not in found.get((encoder, recipe), {})]
     if missing:
         blocks += [("heading2", "Not there yet"), ("table", ["encoder", "recipe", "the command that makes it"], missing)]
+
+    # ------------------------------------------------------------------ where each number comes from
+    rows = []
+    for encoder, probe in probes.items():
+        results = {"probe.json": probe} | {f"{recipe}/{name}": result for (other, recipe), there in found.items() if other == encoder for name, result in there.items()}
+        rows += [[folders[encoder] / name, result["command"], result["machine"]["date"]] for name, result in results.items()]
+    blocks += [("heading2", "Where the numbers come from"), ("text", "Every number above stands in one of these files; the command is the last that wrote it."),
+               ("table", ["file", "command", "date"], rows)]
 
     # ------------------------------------------------------------------ results
     with files.replacing(out / "report.md") as temporary:
@@ -139,6 +162,18 @@ def main(args):
     print()
     for path in dict.fromkeys([block[1] for block in blocks if block[0] == "picture"] + [out / "report.md", out / "report.html"]):
         print(path)
+
+
+def command(script, recipe, probe):
+    """The command line of a later stage that fits a probe.json: its own flags but those of probing."""
+    words, kept = iter(shlex.split(probe["command"])[2:]), []
+    for word in words:
+        if word.startswith("--probe-"):
+            if "=" not in word:
+                next(words)
+        elif word != "--overwrite":
+            kept.append(word)
+    return f"python {script.split()[0]} {shlex.join([*kept, '--recipe', recipe, *script.split()[1:]])}"
 
 
 def percent(value):
@@ -164,8 +199,10 @@ def accuracy_rows(encoder, merge, finetune, recipe, columns, published):
 
 def cost_row(encoder, recipe, finetune, probe):
     rows, config = finetune["tasks"], finetune["config"]
-    probing = sum(probe["tasks"][name]["seconds"] + probe["tasks"][name]["feature_seconds"] for name in rows if name in probe["tasks"]) if recipe == "aligned" else None
-    return [encoder, recipe, len(rows), "" if probing is None else f"{probing:.0f}", f"{sum(row['seconds'] for row in rows.values()):.0f}",
+    probing = sum(probe["tasks"][name]["seconds"] + probe["tasks"][name]["feature_seconds"] for name in rows if name in probe["tasks"]) + probe["search"]["seconds"]
+    searching = [seconds for lr, seconds in finetune.get("search", {}).get("seconds", {}).items() if float(lr) != finetune["lr"]]
+    return [encoder, recipe, len(rows), f"{probing:.0f}" if common.RECIPES[recipe].head == "probed" else "", f"{sum(searching):.0f}" if searching else "",
+            f"{sum(row['seconds'] for row in rows.values()):.0f}",
             len(rows) * config["steps"] * config["batch_size"], f"{max(row['trainable_params'] for row in rows.values()):,}"]
 
 
@@ -196,7 +233,7 @@ def section(folder, probe, results):
         rows = [[pair, f"{grid['points']} x {grid['points']} on [-{grid['limit']:g}, {grid['limit']:g}]", " + ".join(map(str, grid["samples"])), f"{grid['mean_xi_in_box']:.3f}",
                  f"{grid['xi_at_origin']:g}", f"{grid['max_xi']:.2f}"] for pair, grid in results["disentangle.json"]["pairs"].items()]
         blocks.append(("table", ["pair", "grid", "images", "mean xi in [-1, 1]^2", "xi at the origin", "largest xi"], rows))
-    pictures = [folder / "merge.png", folder / "scaling.png", *sorted((folder / "disentangle").glob("*.png")), folder / "vectors.png", folder / "overlap.png"]
+    pictures = [folder / "merge.png", folder / "scaling.png", *sorted((folder / "disentangle").glob("*.png")), folder / "vectors.png", folder / "overlap.png", folder / "overlap_layers.png"]
     return blocks + [("picture", path) for path in pictures if path.exists()]
 
 
@@ -248,11 +285,15 @@ def draw_similarity(path, similarity):
 
 def draw_panels(path, pair, grids):
     """The same pair's heat map for every encoder and recipe, on one colour scale."""
-    fig, panels = common.figure(3.2 * len(grids) + 0.8, 3.4, len(grids))
-    for axes, ((encoder, recipe), grid) in zip(panels, grids.items()):
+    columns = min(4, len(grids))
+    rows = -(-len(grids) // columns)
+    fig, panels = common.figure(3.2 * columns + 0.8, 3.4 * rows, rows, columns)
+    for axes in panels.flat[len(grids):]:
+        axes.set_axis_off()
+    for axes, ((encoder, recipe), grid) in zip(panels.flat, grids.items()):
         with np.load(grid, allow_pickle=False) as arrays:
             image = common.heat_map(axes, arrays["xi"], arrays["lambdas"])
-        axes.set_title(f"{encoder}\n{recipe}", fontsize=8)
+        axes.set_title(f"{encoder.removeprefix('timm:')}\n{recipe}", fontsize=8)
     fig.colorbar(image, ax=panels, label=f"xi of {pair}")
     common.save_figure(path, fig)
     return path

@@ -18,7 +18,7 @@ for word in "$@"; do
   if [[ $word == --*=* ]]; then words+=("${word%%=*}" "${word#*=}"); else words+=("$word"); fi
 done
 set -- ${words[@]+"${words[@]}"}
-shared=() report=() pretrain=() probe=() finetune=() merge=() disentangle=() subsets=() everything=no
+shared=() report=() pretrain=() probe=() finetune=() merge=() disentangle=() subsets=() aligned=() everything=no
 while [ $# -gt 0 ]; do
   case $1 in
     --everything | --overwrite) ;;
@@ -47,7 +47,8 @@ if [ $everything = yes ]; then
   subsets=(--subsets 5 ${subsets[@]+"${subsets[@]}"})
 fi
 if [ "$encoder" = tiny ]; then  # sized for two CPU cores; what is given on the command line comes later and wins
-  finetune=(--steps 120 --batch-size 64 --lr 5e-4 ${finetune[@]+"${finetune[@]}"})
+  finetune=(--steps 120 --batch-size 64 ${finetune[@]+"${finetune[@]}"})
+  aligned=(--lr 5e-4)  # saves the default study a search; the other recipes make theirs
   disentangle=(--points 13 --samples 128 ${disentangle[@]+"${disentangle[@]}"})
   if [ ${#subsets[@]} -gt 0 ]; then subsets=(--images-per-task 60 "${subsets[@]}"); fi
   python pretrain.py tiny ${shared[@]+"${shared[@]}"} ${pretrain[@]+"${pretrain[@]}"}
@@ -55,7 +56,8 @@ fi
 python probe.py "$encoder" ${shared[@]+"${shared[@]}"} ${probe[@]+"${probe[@]}"}
 for recipe in "${recipes[@]}"; do
   stage=("$encoder" --recipe "$recipe" ${shared[@]+"${shared[@]}"})
-  python finetune.py "${stage[@]}" ${finetune[@]+"${finetune[@]}"}
+  given=(); if [ "$recipe" = aligned ]; then given=(${aligned[@]+"${aligned[@]}"}); fi
+  python finetune.py "${stage[@]}" ${given[@]+"${given[@]}"} ${finetune[@]+"${finetune[@]}"}
   python make_vectors.py "${stage[@]}"
   python merge_eval.py "${stage[@]}" ${merge[@]+"${merge[@]}"}
   python disentangle.py "${stage[@]}" ${disentangle[@]+"${disentangle[@]}"}

@@ -69,7 +69,10 @@ def text_tower(args, encoder):
 
 @torch.no_grad()
 def text_head(task, model, tokenizer, device):
-    """{"weight" (C, D)} float32 for one task, by the model and tokenizer of text_tower."""
+    """{"weight" (C, D)} float32 for one task, by the model and tokenizer of text_tower; Refused where classes have no names."""
+    if any(isinstance(name, int) for name in task.classes):
+        raise Refused(f"task {task.name}: its classes are numbers without names, and a head from text needs names: store its labels as a "
+                      f"ClassLabel feature (datasets), or as an image folder train/CLASS/*.jpg")
     model, rows = model.to(device), []
     for name in task.classes:
         prompts = tokenizer([template.format(clean(name)) for template in TEMPLATES.get(task.name, GENERAL_TEMPLATES)]).to(device)

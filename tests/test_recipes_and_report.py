@@ -4,7 +4,9 @@ import itertools
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
+from unittest import mock
 
 import common
 import files
@@ -16,8 +18,9 @@ from conftest import TASKS
 
 
 def run(name, *words):
-    module = importlib.import_module(name)
-    module.main(module.parse_args([str(word) for word in words]))
+    module, words = importlib.import_module(name), [str(word) for word in words]
+    with mock.patch.object(sys, "argv", [f"{name}.py", *words]):
+        module.main(module.parse_args())
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +94,7 @@ def test_overlap_of_subspaces_is_one_with_itself_and_by_chance_between_random_on
     assert abs(float(make_vectors.leading_directions(planted, 1).T @ torch.full((20, 1), 20 ** -0.5, dtype=torch.float64))) == pytest.approx(1, abs=1e-5)
 
 
-def test_the_report_shows_what_is_there_and_the_command_for_what_is_not(both, tmp_path):
+def test_the_report_shows_what_is_there_and_the_command_for_what_is_not(both, study, tmp_path):
     text = (both / "report/report.md").read_text()
     merge = json.loads((both / "tiny/full/merge.json").read_text())
     assert f"| tiny | ours | 3 | 3000 | {100 * np.mean(list(merge['single_task'].values())):.1f} | {100 * merge['test']['absolute']:.1f} |" in text
@@ -105,10 +108,23 @@ def test_the_report_shows_what_is_there_and_the_command_for_what_is_not(both, tm
     shutil.rmtree(half / "tiny/aligned")
     run("report", "--runs", half)
     text = (half / "report/report.md").read_text()
-    assert "| tiny | full | python merge_eval.py tiny --recipe full |" in text and "| tiny | aligned | python finetune.py tiny |" in text
+    shared = f"tiny --runs {study} --tasks {','.join(TASKS)}"  # as probe.py was called
+    assert f"| tiny | full | python merge_eval.py {shared} --recipe full |" in text and f"| tiny | aligned | python finetune.py {shared} --recipe aligned |" in text
+    assert "| tiny | full | python finetune.py" not in text and "zeroshot" not in text  # the one is there, the other impossible
+    assert f"| {half}/tiny/full/scaling.json | python merge_eval.py tiny --runs {both} --tasks {','.join(TASKS)} --recipe full --lambdas 3 --subsets 1 --images-per-task 40 |" in text
     assert "Table 1" not in text and "Table 3" not in text
     with pytest.raises(files.Refused, match="no results"):
         run("report", "--runs", tmp_path / "empty")
+
+
+def test_encoders_that_differ_in_data_or_scale_are_compared(both, tmp_path):
+    for name in ("vit_b16_sup_in1k", "vit_b16_sup_in21k"):  # the small study under two of the paper's names
+        shutil.copytree(both / "tiny", tmp_path / "runs" / name)
+        probe = json.loads((both / "tiny/probe.json").read_text())
+        (tmp_path / "runs" / name / "probe.json").write_text(json.dumps(probe | {"encoder": name}))
+    run("report", "--runs", tmp_path / "runs")
+    pictures = {path.name for path in (tmp_path / "runs/report").glob("*.png")}
+    assert {"scaling-vit_b16_sup_in1k-vit_b16_sup_in21k.png", "disentangle-glyphs-signs-vit_b16_sup_in1k-vit_b16_sup_in21k.png"} <= pictures
 
 
 def test_the_report_over_seeds_gives_mean_and_deviation(both, tmp_path):
