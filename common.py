@@ -29,8 +29,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import ranks
 import tiny
-from encoders import ENCODERS, weights_of
+from encoders import ENCODERS, weights_of, width_of
 from files import Refused, file_metadata, fingerprint, flag_parser, go_offline_if_unreachable, load_tensors, replacing, save_tensors
 
 # ---------------------------------------------------------------------------------------------- flags and devices
@@ -98,13 +99,15 @@ def progress(items, what, unit):
     counted = {"total": items} if isinstance(items, int) else {"iterable": items}
     plain = {} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 60, "delay": 30,
                                             "bar_format": "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} gone, {remaining} left, {rate_fmt}{postfix}\n"}
-    return tqdm(**counted, desc=what, unit=unit, unit_scale=unit == "img", leave=False, **plain)
+    return tqdm(**counted, disable=ranks.rank() > 0, desc=what, unit=unit, unit_scale=unit == "img", leave=False, **plain)
 
 
 def pick_device(name):
-    """torch.device for --device; Refused if it is unknown or not there."""
+    """torch.device for --device, each process of torchrun its own GPU; Refused if it is unknown or not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and ranks.world() > 1:
+        name = f"cuda:{torch.cuda.current_device()}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -220,8 +223,9 @@ def load_task(name, source, encoder, args):
     side = resized_side(encoder)
     identity = json.dumps([name, describe_source(source, args.seed), side])
     folder = args.runs / "images" / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
-    if not folder.exists():
-        build_image_cache(folder, name, source, side, args.seed)
+    with ranks.first():
+        if not folder.exists():
+            build_image_cache(folder, name, source, side, args.seed)
     redo = f"delete {folder} and run the same command again"
     try:
         about = json.loads((folder / "about.json").read_text())
@@ -567,9 +571,10 @@ class Evaluator:
     vectors     none at first: `use_vectors` sets the T task vectors; a weight setting is then theta_pre + sum_t c_t tau_t,
                 formed in float32 and cast once, for a row c of T coefficients
     work        images ahead, decides with --compile auto whether compiling pays
+    alone       under torchrun: evaluate all of it in this process, instead of a share that is added up with the others'
     """
 
-    def __init__(self, encoder, args, work):
+    def __init__(self, encoder, args, work, alone=False):
         self.encoder, self.device = encoder, pick_device(args.device)
         self.dtype, reason = pick_dtype(args.dtype, self.device)
         self.batch_size = 512 if self.device.type == "cuda" else 32  # a CPU is fastest where a batch fits its caches
@@ -583,7 +588,9 @@ class Evaluator:
         def forward(images):  # (B, 3, S, S) uint8 -> (B, D)
             return module(normalise(images).to(self.dtype))
 
-        compiled, why = compile_pays(args.compile, self.device, encoder, work)
+        self.rank, self.world = (0, 1) if alone else (ranks.rank(), ranks.world())
+        ranks.wait()                                                       # none writes before all have read what is there
+        compiled, why = compile_pays(args.compile, self.device, encoder, work / self.world)
         self.eager = forward
         self.forward = torch.compile(forward, dynamic=False) if compiled else forward
         print(f"evaluator: {str(self.dtype)[6:]} ({reason}), batch {self.batch_size}, {'compiled' if compiled else 'eager'} ({why})", flush=True)
@@ -602,10 +609,10 @@ class Evaluator:
 
     @torch.inference_mode()
     def run(self, splits, settings, consume):
-        """Features of every image of every split under every weight setting, once each.
+        """Features of every image of every split under every weight setting, once each, in this process's share.
 
         splits    list of Split; their images form one stream, so that only its very last batch is padded
-        settings  K rows of coefficients
+        settings  K rows of coefficients; processes take turns at them, or share the batches where there are fewer settings
         consume   called as consume(k, split index, rows slice, features (n, D)) for each piece
         """
         ends = np.cumsum([len(split.rows) for split in splits])
@@ -620,15 +627,26 @@ class Evaluator:
             padding = -n % self.batch_size
             images = torch.cat([images, images[:1].expand(padding, -1, -1, -1)]) if padding else images
             for k, coefficients in enumerate(settings):
-                self.write(coefficients)
-                # a compiled graph may reuse its output buffer, so each batch is copied out by cat
-                features = torch.cat([self.forward(images[i:i + self.batch_size]) for i in range(0, len(images), self.batch_size)])[:n]
-                at = 0
-                for t, rows in pieces:
-                    consume(k, t, rows, features[at:at + rows.stop - rows.start])
-                    at += rows.stop - rows.start
+                first, last = self.share(k, len(settings), len(images) // self.batch_size)
+                if first < last:
+                    self.write(coefficients)
+                    # a compiled graph may reuse its output buffer, so each batch is copied out by cat
+                    features = torch.cat([self.forward(images[i * self.batch_size:(i + 1) * self.batch_size]) for i in range(first, last)])
+                    begin_row, end_row = first * self.batch_size, min(last * self.batch_size, n)
+                    at = 0                                                 # where a piece begins in this chunk
+                    for t, rows in pieces:
+                        low, high = max(at, begin_row), min(at + rows.stop - rows.start, end_row)
+                        if low < high:
+                            consume(k, t, slice(rows.start + low - at, rows.start + high - at), features[low - begin_row:high - begin_row])
+                        at += rows.stop - rows.start
                 bar.update(n)
         bar.close()
+
+    def share(self, k, n_settings, n_batches):
+        """(first, last) batch of a chunk that this process evaluates under setting k: all or none, or its part of them."""
+        if n_settings >= self.world:
+            return (0, n_batches) if k % self.world == self.rank else (0, 0)
+        return n_batches * self.rank // self.world, n_batches * (self.rank + 1) // self.world
 
     def resident(self, split, rows):
         """(n, 3, S, S) uint8 on the device for some rows of a split, ready for the encoder."""
@@ -637,18 +655,26 @@ class Evaluator:
 
     def features(self, splits, coefficients=()):
         """One (N_t, D) tensor per split, in the evaluator's dtype, under one weight setting (default: theta_pre)."""
-        pieces = [[] for _ in splits]
-        self.run(splits, [coefficients], lambda k, t, rows, features: pieces[t].append(features))
-        return [torch.cat(piece) for piece in pieces]
+        out = [torch.zeros(len(split.rows), width_of(self.encoder), dtype=self.dtype, device=self.device) for split in splits]
+
+        def consume(k, t, rows, features):
+            out[t][rows] = features
+
+        self.run(splits, [coefficients], consume)
+        if self.world > 1:
+            ranks.add_up(out)
+        return out
 
     def predictions(self, splits, heads, settings):
         """Predicted classes, one tensor (K, N_t) int64 for each split, under K weight settings; heads go with splits."""
-        out = [torch.empty(len(settings), len(split.rows), dtype=torch.int64, device=self.device) for split in splits]
+        out = [torch.zeros(len(settings), len(split.rows), dtype=torch.int64, device=self.device) for split in splits]
 
         def consume(k, t, rows, features):
             out[t][k, rows] = predict(features, heads[t])
 
         self.run(splits, settings, consume)
+        if self.world > 1:
+            ranks.add_up(out)
         return out
 
     def hits(self, splits, heads, settings):
@@ -664,7 +690,7 @@ def cached_features(folder, task, evaluator, overwrite=False):
     """
     path = folder / "features" / f"{task.name}.safetensors"
     about = {"theta_pre": evaluator.encoder.theta_pre, "data": task.fingerprint, "dtype": str(evaluator.dtype)[6:]}
-    if path.exists():
+    if ranks.gather(path.exists())[0]:                                     # rank 0 may have written it a moment ago
         try:
             features, _ = load_tensors(path, f"python probe.py {evaluator.encoder.name}", **about)
             return {split: tensor.to(evaluator.device) for split, tensor in features.items()}
@@ -743,7 +769,8 @@ def heat_map(axes, xi, lambdas):
 
 def save_figure(path, fig):
     import matplotlib.pyplot as plt
-    with replacing(path) as temporary:
-        fig.savefig(temporary, format="png", dpi=150)
+    if ranks.rank() == 0:
+        with replacing(path) as temporary:
+            fig.savefig(temporary, format="png", dpi=150)
     plt.close(fig)
     print(f"picture: {path}", flush=True)

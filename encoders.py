@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+import ranks
 from files import Refused, go_offline_if_unreachable, load_tensors, save_tensors
 
 
@@ -65,10 +66,11 @@ def load_encoder(args):
     """
     path = run_folder(args) / "pretrained.safetensors"
     source = file_sha256(args.weights) if args.weights else None
-    if not path.exists():
-        if args.encoder == "tiny":
-            raise Refused(f'{path} is missing: run "python pretrain.py tiny" first')
-        save_encoder(path, *build_pretrained(args), source=source)
+    with ranks.first():
+        if not path.exists():
+            if args.encoder == "tiny":
+                raise Refused(f'{path} is missing: run "python pretrain.py tiny" first')
+            save_encoder(path, *build_pretrained(args), source=source)
     theta, about = load_tensors(path, f"python probe.py {args.encoder}", encoder=args.encoder)
     if source and source != about["source"]:
         raise Refused(f"{path} was not made from --weights {args.weights} (SHA-256 {source[:12]}): use another --runs")
@@ -167,6 +169,12 @@ def build_open_clip(args, name):
     size = config["size"] if isinstance(config["size"], int) else config["size"][0]
     return module, {"architecture": {"library": "open_clip", "name": arch, "kwargs": kwargs}, "size": size,
                     "mean": config["mean"], "std": config["std"], "crop_pct": 1.0}
+
+
+def width_of(encoder):
+    """D, the length of its features."""
+    with torch.no_grad():
+        return encoder.module(torch.zeros(1, 3, encoder.size, encoder.size)).shape[1]
 
 
 def weights_of(module):

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import datetime
 import errno
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -18,9 +19,12 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+import ranks
 
 
 class Refused(Exception):
@@ -30,8 +34,13 @@ class Refused(Exception):
 def run(main, parse_args):
     """Run a stage from the command line: a refusal is one line on stderr and exit code 2, a bug keeps its traceback."""
     stage = Path(sys.argv[0]).name
+    if ranks.rank() > 0:
+        sys.stdout = open(os.devnull, "w")                                 # rank 0 speaks for all; errors still show
     try:
-        main(parse_args())
+        args = parse_args()
+        ranks.join()
+        main(args)
+        ranks.leave()
     except Refused as refusal:
         sys.exit(complain(stage, refusal))
     except OSError as error:
@@ -94,8 +103,13 @@ def fingerprint(tensors):
     return digest.hexdigest()
 
 
-def save_tensors(path, tensors, **metadata):
-    """Write a dict of tensors as safetensors, whole or not at all; metadata is JSON, with the contents' SHA-256 added."""
+def save_tensors(path, tensors, from_any_rank=False, **metadata):
+    """Write a dict of tensors as safetensors, whole or not at all; metadata is JSON, with the contents' SHA-256 added.
+
+    Of several processes rank 0 writes, or with from_any_rank the one that calls.
+    """
+    if ranks.rank() > 0 and not from_any_rank:
+        return
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     about = json.dumps(metadata | {"sha256": fingerprint(tensors)}, sort_keys=True)
     with replacing(path) as temporary:
@@ -158,9 +172,35 @@ def short(value):
     return value[:12] if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) else repr(value)
 
 
+def save_arrays(path, **arrays):
+    """Write numpy arrays as .npz (rank 0)."""
+    if ranks.rank() == 0:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+
+
 def write_json(path, result):
+    """Write a result (rank 0)."""
+    if ranks.rank() > 0:
+        return
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def adding_rows(path, result, key, overwrite):
+    """Write a result at the end of the body; rows of the dict result[key] that other processes wrote meanwhile are taken over before it.
+
+    So jobs of a scheduler can fill one file, a task each. `overwrite` replaces what is there. Of torchrun's processes rank 0 writes.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        there = read_json(path, "the same command") if path.exists() and not overwrite else {}
+        if there.get("config") == result["config"]:
+            result[key] |= {name: row for name, row in there.get(key, {}).items() if name not in result[key]}
+        yield
+        write_json(path, result)
 
 
 def read_json(path, made_by):
@@ -200,7 +240,7 @@ def open_result(path, config, overwrite, device):
 def provenance(device):
     """How and where a number was made: {"command", "machine": device, threads, library versions, date (UTC)}."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {cpu_name()}"
-    where = {"device": name, "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
+    where = {"device": name, "threads": torch.get_num_threads(), "processes": ranks.world(), "python": platform.python_version(), "torch": torch.__version__,
             "timm": importlib.metadata.version("timm"), "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat()}
     return {"command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "machine": where}
 

@@ -6,6 +6,7 @@ Fine-tune the encoder on each task: with its probed head frozen, or under anothe
     python finetune.py vit_b16_clip_laion2b --recipe zeroshot    # head from class names, frozen
     python finetune.py vit_b16_dino --lr 1e-5                    # without the search
     python finetune.py tiny --tasks glyphs,textures --steps 100
+    torchrun --nproc-per-node 8 finetune.py vit_b16_dino         # a learning rate or a task for each of eight GPUs
 
 Reads   runs/ENCODER/pretrained.safetensors, for aligned heads/TASK.safetensors (probe.py)
 Writes  runs/ENCODER/RECIPE/finetuned/TASK.safetensors, finetune.json, for the other recipes also heads/TASK.safetensors
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 import common
 import encoders
 import files
+import ranks
 import text_heads
 
 LEARNING_RATES = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
@@ -62,9 +64,13 @@ def main(args):
 
     # ------------------------------------------------------------------ one module to train, one evaluator
     images = sum(len(tasks[name].splits[split].rows) for name in todo for split in ("val", "test"))
-    evaluator = common.Evaluator(encoder, args, images)
+    evaluator = common.Evaluator(encoder, args, images, alone=True)
     module = copy.deepcopy(encoder.module).to(device).train()
-    runs = len(todo) + (0 if args.lr else len(LEARNING_RATES) - 1)
+    zero_shot = {}
+    for name in todo if recipe.head == "text" else ():
+        features, split = common.cached_features(folder, tasks[name], evaluator)["test"], tasks[name].splits["test"]
+        zero_shot[name] = {"zero_shot": common.count_hits(features, heads[name], split) / len(split.rows)}
+    runs = (len(todo) + (0 if args.lr else len(LEARNING_RATES) - 1)) / ranks.world()
     compiled, why = common.compile_pays(args.compile, device, encoder, 3 * runs * args.steps * args.batch_size)
     if device.type == "cpu" and args.compile == "auto":
         compiled, why = False, "a compiled training step is no faster on CPUs"
@@ -72,52 +78,56 @@ def main(args):
     print(f"finetune: {len(todo)} tasks x {args.steps} steps of {args.batch_size}, {'compiled' if compiled else 'eager'} ({why})", flush=True)
 
     # ------------------------------------------------------------------ learning rate, on one task's validation split
-    best = None                                                            # (learning rate, what train returned)
+    best = 0, None, None                                                   # validation accuracy, learning rate, what train returned
     if args.lr:
         result["lr"] = args.lr
     elif "lr" not in result:
         tried = result.setdefault("search", {"task": search, "val": {}})["val"]
-        for lr in LEARNING_RATES:
-            if f"{lr:g}" in tried:
-                continue
-            start = time.perf_counter()
-            theta_t, head, cost = train(forward, module, encoder, tasks[search], heads[search], lr, args)
-            if theta_t is None:
-                print(f"finetune: search on {search}, learning rate {lr:g}: diverged", flush=True)
-                tried[f"{lr:g}"] = None
-            else:
-                tried[f"{lr:g}"] = val = evaluate(evaluator, encoder, theta_t, tasks[search], head, ["val"])["val"]
-                print(f"finetune: search on {search}, learning rate {lr:g}: validation {val:.4f}", flush=True)
-                if val > max([0, *(other for key, other in tried.items() if other is not None and key != f"{lr:g}")]):
-                    best = lr, (theta_t, head, cost)
-            result["search"].setdefault("seconds", {})[f"{lr:g}"] = time.perf_counter() - start
+        for lr in ranks.deal([lr for lr in LEARNING_RATES if f"{lr:g}" not in tried]):
+            found, start = None, time.perf_counter()
+            if lr:
+                theta_t, head, cost = train(forward, module, encoder, tasks[search], heads[search], lr, args)
+                val = None if theta_t is None else evaluate(evaluator, encoder, theta_t, tasks[search], head, ["val"])["val"]
+                best = (val, lr, (theta_t, head, cost)) if (val or 0) > best[0] else best
+                found = f"{lr:g}", val, time.perf_counter() - start
+            for key, val, seconds in filter(None, ranks.gather(found)):
+                print(f"finetune: search on {search}, learning rate {key}: {'diverged' if val is None else f'validation {val:.4f}'}", flush=True)
+                tried[key], result["search"].setdefault("seconds", {})[key] = val, seconds
             files.write_json(path, result)
         if all(val is None for val in tried.values()):
             raise files.Refused(f"every learning rate of the search diverged on {search}; give --lr")
         result["lr"] = max((lr for lr in LEARNING_RATES if tried[f"{lr:g}"] is not None), key=lambda lr: tried[f"{lr:g}"])
 
     # ------------------------------------------------------------------ one theta_t per task
-    for name in todo:
-        if best and (name, result["lr"]) == (search, best[0]):  # the search has trained this one already, same seed and steps
-            theta_t, head, cost = best[1]
-        else:
-            theta_t, head, cost = train(forward, module, encoder, tasks[name], heads[name], result["lr"], args)
-        if theta_t is None:
-            raise files.Refused(f"task {name}: training diverged at learning rate {result['lr']:g}; "
-                                 f"finished tasks are kept, a smaller --lr needs --overwrite or another --runs")
-        about = {"theta_pre": encoder.theta_pre, "recipe": args.recipe, "task": name, "data": tasks[name].fingerprint}
-        files.save_tensors(written[name][0], theta_t, **about, head=files.fingerprint(head))
-        if recipe.head != "probed":
-            files.save_tensors(written[name][1], head, **about)
-        done[name] = evaluate(evaluator, encoder, theta_t, tasks[name], head, ["val", "test"]) | cost | {"data": tasks[name].fingerprint}
-        if recipe.head == "text":
-            split = tasks[name].splits["test"]
-            features = common.cached_features(folder, tasks[name], evaluator)["test"]
-            done[name]["zero_shot"] = common.count_hits(features, heads[name], split) / len(split.rows)
-        result |= {"recipe": args.recipe, "mean_test": common.mean(row["test"] for row in done.values())}
-        files.write_json(path, result)
-        print(f"finetune {name}: validation {done[name]['val']:.4f}, test {done[name]['test']:.4f} (n = {done[name]['n_test']}), "
-              f"{cost['seconds']:.1f} s, {cost['images_per_second']:.0f} img/s", flush=True)
+    diverged = []
+    for name in ranks.deal(todo):
+        found = None
+        if name:
+            if (name, result["lr"]) == (search, best[1]):                  # the search has trained this one already, same seed and steps
+                theta_t, head, cost = best[2]
+            else:
+                theta_t, head, cost = train(forward, module, encoder, tasks[name], heads[name], result["lr"], args)
+            found = name, None
+            if theta_t is not None:
+                about = {"theta_pre": encoder.theta_pre, "recipe": args.recipe, "task": name, "data": tasks[name].fingerprint}
+                files.save_tensors(written[name][0], theta_t, from_any_rank=True, **about, head=files.fingerprint(head))
+                if recipe.head != "probed":
+                    files.save_tensors(written[name][1], head, from_any_rank=True, **about)
+                row = evaluate(evaluator, encoder, theta_t, tasks[name], head, ["val", "test"])
+                found = name, row | cost | {"data": tasks[name].fingerprint} | zero_shot.get(name, {})
+        for name, row in filter(None, ranks.gather(found)):
+            if row is None:
+                diverged.append(name)
+                continue
+            done[name] = row
+            print(f"finetune {name}: validation {row['val']:.4f}, test {row['test']:.4f} (n = {row['n_test']}), "
+                  f"{row['seconds']:.1f} s, {row['images_per_second']:.0f} img/s", flush=True)
+        if done:
+            with files.adding_rows(path, result, "tasks", args.overwrite):
+                result |= {"recipe": args.recipe, "mean_test": common.mean(row["test"] for row in done.values())}
+    if diverged:
+        raise files.Refused(f"training diverged at learning rate {result['lr']:g} on {', '.join(diverged)}; "
+                            f"finished tasks are kept, a smaller --lr needs --overwrite or another --runs")
     print(f"finetune: mean test accuracy {result['mean_test']:.4f} over {len(done)} tasks, learning rate {result['lr']:g}")
 
 
@@ -127,9 +137,7 @@ def first_head(recipe, folder, task, encoder, tower, device, args):
         return common.load_head(folder, "aligned", task, encoder, device)
     if recipe.head == "text":
         return text_heads.text_head(task, *tower, device)
-    with torch.no_grad():
-        width = encoder.module(torch.zeros(1, 3, encoder.size, encoder.size)).shape[1]
-    return common.random_head(width, len(task.classes), torch.Generator(device).manual_seed(args.seed))
+    return common.random_head(encoders.width_of(encoder), len(task.classes), torch.Generator(device).manual_seed(args.seed))
 
 
 def train(forward, module, encoder, task, head, lr, args):

@@ -74,9 +74,9 @@ def main(args):
         done[name]["seconds"] = time.perf_counter() - start
         files.save_tensors(folder / "heads" / f"{name}.safetensors", head, task=name, data=task.fingerprint,
                             theta_pre=encoder.theta_pre, classes=task.classes)
-        result |= {"encoder": args.encoder, "feature_dim": features["val"].shape[1],
-                   "mean_test": common.mean(row["test"] for row in done.values())}
-        files.write_json(folder / "probe.json", result)
+        with files.adding_rows(folder / "probe.json", result, "tasks", args.overwrite):
+            result |= {"encoder": args.encoder, "feature_dim": features["val"].shape[1],
+                       "mean_test": common.mean(row["test"] for row in done.values())}
         row = done[name]
         print(f"probe {name}: validation {row['val']:.4f}, test {row['test']:.4f} (n = {row['n_test']}), "
               f"features {feature_seconds:.1f} s, head {row['seconds']:.1f} s", flush=True)

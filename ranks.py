@@ -1,0 +1,78 @@
+"""
+Several processes on one study: `torchrun --nproc-per-node N STAGE.py ENCODER ...`, on one machine or on several that share runs/.
+
+The evaluator deals out weight settings or batches, finetune.py tasks and learning rates; rank 0 writes the results, and they are
+those of one process. A process on its own passes through all of this without a trace.
+"""
+import contextlib
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world():
+    """How many processes torchrun has started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank():
+    """The number of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def join():
+    """Meet the other processes: gloo for what is on CPUs, NCCL for what is on GPUs."""
+    if world() > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=12))
+
+
+def wait():
+    """Until every process is here."""
+    if world() > 1:
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def first():
+    """Rank 0 goes through the body first; the others follow and find its files there."""
+    if rank() > 0:
+        wait()
+    yield
+    if rank() == 0:
+        wait()
+
+
+def deal(items):
+    """Rounds of one item for each process: this process's, or None where a round has too few."""
+    for start in range(0, len(items), world()):
+        dealt = items[start:start + world()]
+        yield dealt[rank()] if rank() < len(dealt) else None
+
+
+def add_up(tensors):
+    """Sum each tensor over the processes, in place; where all but one hold zeros the result is exact."""
+    for tensor in tensors if world() > 1 else ():
+        whole = tensor.float() if tensor.dtype == torch.bfloat16 else tensor  # gloo adds no bfloat16
+        dist.all_reduce(whole)
+        tensor.copy_(whole)
+
+
+def gather(value):
+    """[value of rank 0, of rank 1, ...], any object that pickles."""
+    everything = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(everything, value)
+    return everything
+
+
+def leave():
+    if world() > 1:
+        dist.destroy_process_group()

@@ -1,0 +1,65 @@
+"""torchrun: what several processes share out gives the results of one."""
+import json
+import shutil
+import sys
+
+import torch
+import two_processes
+from conftest import stage
+
+
+def numbers(path):
+    """A result without what may differ: where, how fast and by which command it was made."""
+    def strip(value):
+        return {key: strip(inner) for key, inner in value.items() if key not in ("machine", "command", "seconds", "feature_seconds", "images_per_second", "peak_memory_bytes")} \
+            if isinstance(value, dict) else value
+    return strip(json.loads(path.read_text()))
+
+
+def test_two_processes_give_the_files_of_one(study, tmp_path):
+    for runs in ("one", "two"):
+        shutil.copytree(study, tmp_path / runs)
+        shutil.rmtree(tmp_path / runs / "tiny/features")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)                                           # as torchrun gives each process
+        two_processes.main(str(tmp_path / "one"))
+    finally:
+        torch.set_num_threads(threads)
+    finished = stage(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "tests/two_processes.py", tmp_path / "two")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    compared = 0
+    for one in sorted((tmp_path / "one/tiny").rglob("*")):
+        two = tmp_path / "two" / one.relative_to(tmp_path / "one")
+        if one.suffix == ".json":
+            assert numbers(one) == numbers(two), one.name
+        elif one.suffix in (".safetensors", ".npz"):
+            assert one.read_bytes() == two.read_bytes(), one.name
+        compared += one.suffix in (".json", ".safetensors", ".npz")
+    assert compared > 20
+    search = json.loads((tmp_path / "two/tiny/full/finetune.json").read_text())["search"]["val"]
+    assert len(set(search.values())) > 1                                   # else nothing was learnt and nothing compared
+    assert json.loads((tmp_path / "two/tiny/full/merge.json").read_text())["machine"]["processes"] == 2
+
+
+def test_one_process_failing_ends_the_run_with_its_message(study, tmp_path):
+    runs = shutil.copytree(study, tmp_path / "runs")
+    (runs / "tiny/heads/signs.safetensors").write_bytes(b"cut")
+    finished = stage(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "merge_eval.py", "tiny", "--runs", runs,
+                     "--tasks", "glyphs,signs,textures", "--overwrite")
+    assert finished.returncode != 0 and "heads/signs.safetensors cannot be read" in finished.stderr
+    assert json.loads((runs / "tiny/aligned/merge.json").read_text()) == json.loads((study / "tiny/aligned/merge.json").read_text())
+
+
+def test_rows_another_job_wrote_meanwhile_are_kept(tmp_path):
+    import files
+    path = tmp_path / "finetune.json"
+    mine, theirs = ({"config": {"seed": 0}, "command": "", "tasks": {}} for _ in range(2))
+    for result, name in ((mine, "cars"), (theirs, "dtd"), (mine, "mnist")):
+        with files.adding_rows(path, result, "tasks", overwrite=False):
+            result["tasks"][name] = {"test": 0.5}
+    assert set(json.loads(path.read_text())["tasks"]) == {"cars", "dtd", "mnist"}
+    other = {"config": {"seed": 1}, "command": "", "tasks": {}}
+    with files.adding_rows(path, other, "tasks", overwrite=True):
+        other["tasks"]["svhn"] = {"test": 0.5}
+    assert set(json.loads(path.read_text())["tasks"]) == {"svhn"}
