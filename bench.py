@@ -1,14 +1,17 @@
 """
-Speed of the evaluator against the bare forward pass and against the plain way, and the memory of a lambda search.
+What the hardware can do, and what the evaluator, a fine-tuning step, a merge and a heat map make of it.
 
-    python bench.py                                              # ViT-Ti/16 at 128 pixels, a few minutes on two CPU cores
-    python bench.py timm:vit_base_patch16_224 --image-size 224 --images 2000        # for a data-centre GPU
+    python bench.py                                              # ViT-Ti/16 at 128 pixels, about ten minutes on two CPU cores
+    python bench.py --quick                                      # the same parts in a minute or two, noisier
+    python bench.py timm:vit_base_patch16_224 --image-size 224 --images 2000 --train-batch 128     # for a data-centre GPU
+    python bench.py --study runs/vit_b16_dino                    # also the seconds of each stage of a finished study
 
-Weights and images are random: nothing here depends on their values. Compiling and warm-up are timed apart.
+Weights and images are random: nothing here depends on their values. Compiling and warm-up are timed apart; every figure is a median
+of --repeats with its range, the parts that are compared measured in turn, since machines drift.
 Writes  bench.json
 """
 import argparse
-import resource
+import copy
 import subprocess
 import sys
 import tempfile
@@ -21,8 +24,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import common
+import disentangle
 import encoders
 import files
+import finetune
 
 
 def parse_args(argv=None):
@@ -30,79 +35,86 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("encoder", nargs="?", default="timm:vit_tiny_patch16_224", help="timm:NAME (default timm:vit_tiny_patch16_224)")
     add("--image-size", type=common.positive, default=128, help="pixels (default 128)")
-    add("--images", type=common.positive, default=60, help="validation images per task (default 60)")
+    add("--images", type=common.positive, default=200, help="validation images per task (default 200)")
     add("--n-tasks", type=common.positive, default=8, help="tasks in the search (default 8)")
-    add("--lambdas", type=common.positive, default=20, help="weight settings in the search (default 20; lambda 0 is cached)")
+    add("--lambdas", type=common.positive, default=10, help="weight settings in the search (default 10)")
+    add("--train-batch", type=common.positive, default=32, help="images per fine-tuning step (default 32)")
     add("--repeats", type=common.positive, default=3, help="runs of each measurement (default 3)")
     add("--device", default="auto", help="cpu, cuda or auto")
     add("--dtype", choices=["auto", "bf16", "fp32"], default="auto")
     add("--compile", choices=["on", "off"], default="on")
+    add("--quick", action="store_true", help="fewer images, lambdas and steps")
+    add("--study", type=Path, help="folder of a finished study, runs/ENCODER: adds the seconds of its stages")
     add("--out", type=Path, default=Path("bench.json"), help="result file (default bench.json)")
-    add("--peak-of", type=int, help=argparse.SUPPRESS)  # internal: print the peak memory of a search over this many tasks
+    add("--part", help=argparse.SUPPRESS)  # internal: measure one part's peak memory in a process of its own
     return parser.parse_args(argv)
 
 
 def main(args):
-    encoder = random_encoder(args)
-    if args.peak_of:
-        print(peak_memory(args, encoder))
+    if args.quick:
+        args.images, args.lambdas, args.repeats = min(args.images, 16), min(args.lambdas, 3), min(args.repeats, 2)
+    encoder, device = random_encoder(args), common.pick_device(args.device)
+    if args.part:
+        print(peak_memory(args, encoder, device))
         return
-    device = common.pick_device(args.device)
-    n = args.n_tasks * args.images
+    flops, n, steps = common.forward_flops(encoder), args.n_tasks * args.images, 4 if args.quick else 10
 
-    # ------------------------------------------------------------------ the evaluator, over a whole lambda search
+    # ------------------------------------------------------------------ (a) the ceiling: matrix products and copies
     evaluator, splits, heads, settings = search(args, encoder, args.n_tasks)
+    peak_flops, peak_copy = ceiling(args, device, evaluator.dtype)
+
+    # ------------------------------------------------------------------ (b) the evaluator in a lambda search, the bare forward pass, the plain way
     compile_seconds = timed(lambda: evaluator.hits(splits[:1], heads[:1], settings[:1]), device)
-    lambda_seconds = [timed(lambda: evaluator.write(settings[0]), device) for _ in range(10 * args.repeats)]
-
-    # ------------------------------------------------------------------ the same encoder, dtype, batch and number of images, nothing else
-    module = encoder.module.to(device, evaluator.dtype)
-    bare = torch.compile(module, dynamic=False) if evaluator.forward is not evaluator.eager else module
-    pixels = torch.randn(evaluator.batch_size, 3, encoder.size, encoder.size, device=device, dtype=evaluator.dtype)
-    batches = -(-n * len(settings) // evaluator.batch_size)
-
-    @torch.inference_mode()
-    def forward():
-        for _ in range(batches):
-            bare(pixels)
-
-    with torch.inference_mode():
-        bare(pixels)
-    ours, bare_seconds = [], []
-    for _ in range(args.repeats):                                          # in turn, since machines drift
-        ours.append(timed(lambda: evaluator.hits(splits, heads, settings), device))
-        bare_seconds.append(timed(forward, device))
-
-    # ------------------------------------------------------------------ the plain way: fp32, eager, files and pictures read again for each lambda
+    forward, batches = bare_forward(encoder, evaluator, n * len(settings))
     with tempfile.TemporaryDirectory() as folder:
         prepare_plain(Path(folder), encoder, splits)
-        plain = [timed(lambda: plain_way(Path(folder), encoder, heads, device), device) for _ in range(args.repeats)]
+        ways = {"evaluator": (lambda: evaluator.hits(splits, heads, settings), n * len(settings)), "bare forward": (forward, batches * evaluator.batch_size),
+                "plain way": (lambda: plain_way(Path(folder), encoder, heads, device), n)}
+        rates = {name: [] for name in ways}
+        for _ in range(args.repeats):
+            for name, (way, images) in ways.items():
+                rates[name].append(images / timed(way, device))
 
-    # ------------------------------------------------------------------ peak memory of the search, in processes of their own
-    peaks = {}
-    for tasks in (2, 8):
-        words = [sys.executable, __file__, args.encoder, "--image-size", args.image_size, "--images", 32, "--lambdas", 2, "--compile", "off",
-                 "--device", args.device, "--dtype", args.dtype, "--peak-of", tasks]
-        peaks[tasks] = int(subprocess.run([str(word) for word in words], check=True, capture_output=True, text=True).stdout.split()[-1])
+    # ------------------------------------------------------------------ (c) fine-tuning, (d) merging, (e) a heat map
+    steps_per_second, _ = training(args, encoder, device, steps)
+    merging = {}
+    for vectors in (1, 8):
+        evaluator.use_vectors(evaluator.vectors[:1] * vectors)
+        merging[vectors] = repeat(args, lambda: evaluator.write((0.1,) * vectors), device)
+    evaluator.use_vectors(evaluator.vectors[:2])
+    lambdas, pair = np.linspace(-1, 1, 3 if args.quick else 5), (splits[:2], heads[:2])
+    single = [evaluator.predictions([split], [head], [tuple(lam * (t == own) for t in (0, 1)) for lam in lambdas])[0] for own, (split, head) in enumerate(zip(*pair))]
+    cells = len(lambdas) * (len(lambdas) - 1) * 2 * args.images            # images evaluated for the grid
+    grid = [cells / seconds for seconds in repeat(args, lambda: disentangle.error_grid(evaluator, *pair, single, lambdas), device)]
+
+    # ------------------------------------------------------------------ peak memory, in processes of their own
+    peaks = {part: own_process(args, part) for part in ("search over 2 tasks", "search over 8 tasks", "fine-tuning")}
     encoder_bytes = sum(tensor.numel() * 4 for tensor in evaluator.theta_pre.values())
 
     # ------------------------------------------------------------------ results
-    flops = common.forward_flops(random_encoder(args))
-    rows = {"evaluator": [n * len(settings) / seconds for seconds in ours], "bare forward": [batches * evaluator.batch_size / s for s in bare_seconds],
-            "plain way": [n / seconds for seconds in plain]}
     result = {"config": {key: str(value) for key, value in vars(args).items()}, **files.provenance(device), "dtype": str(evaluator.dtype)[6:],
-              "batch_size": evaluator.batch_size, "compile_seconds": compile_seconds, "images_per_second": rows, "flops_per_image": flops,
-              "seconds_per_lambda": float(np.median(lambda_seconds)), "peak_bytes_by_tasks": peaks, "encoder_bytes": encoder_bytes}
+              "batch_size": evaluator.batch_size, "flops_per_image": flops, "matmul_flops_per_second": peak_flops, "copy_bytes_per_second": peak_copy,
+              "compile_seconds": compile_seconds, "images_per_second": rates, "train_steps_per_second": steps_per_second,
+              "seconds_per_merge": merging, "heat_map_images_per_second": grid, "peak_bytes": peaks, "encoder_bytes": encoder_bytes}
+    if args.study:
+        result["study_seconds"] = study_seconds(args.study)
     files.write_json(args.out, result)
-    median = {name: float(np.median(values)) for name, values in rows.items()}
-    print(f"{args.encoder}, {encoder.size} pixels, {result['dtype']}, batch {evaluator.batch_size}, {result['machine']['device']}, torch {torch.__version__}")
-    print("| | img/s, median of", args.repeats, "(range) | GFLOP/s | evaluator against it, pair by pair |\n|---|---|---|---|")
-    for name, values in rows.items():
-        pairs = [a / b for a, b in zip(rows["evaluator"], values)]
-        against = f"{np.median(pairs):.2f} x ({min(pairs):.2f}-{max(pairs):.2f})" if name != "evaluator" else ""
-        print(f"| {name} | {median[name]:.0f} ({min(values):.0f}-{max(values):.0f}) | {median[name] * flops / 1e9:.0f} | {against} |")
-    print(f"compile and first batch {compile_seconds:.1f} s; writing one merge {1000 * result['seconds_per_lambda']:.1f} ms; "
-          f"peak memory with 2 and 8 tasks {peaks[2] / 2**20:.0f} and {peaks[8] / 2**20:.0f} MiB (encoder in fp32: {encoder_bytes / 2**20:.0f} MiB)")
+    top = float(np.median(peak_flops))
+    print(f"{args.encoder}, {encoder.size} pixels, {result['dtype']}, batch {evaluator.batch_size}, {result['machine']['device']}, {result['machine']['threads']} threads, "
+          f"torch {torch.__version__}, {result['machine']['date']}; {flops / 1e9:.2f} GFLOP an image; compiling and first batch {compile_seconds:.0f} s\n")
+    rows = [["matrix product", "GFLOP/s", spread([value / 1e9 for value in peak_flops]), "1", ""], ["copy", "GB/s, read and written", spread([value / 1e9 for value in peak_copy]), "", ""]]
+    for name, values in rates.items():
+        against = "" if name == "evaluator" else spread([a / b for a, b in zip(rates["evaluator"], values)])
+        rows.append([name, "img/s", spread(values), f"{np.median(values) * flops / top:.2f}", against])
+    rows += [["heat map", "img/s", spread(grid), f"{np.median(grid) * flops / top:.2f}", ""],
+             [f"fine-tuning, batch {args.train_batch}", "img/s", spread([value * args.train_batch for value in steps_per_second]),
+              f"{np.median(steps_per_second) * args.train_batch * 3 * flops / top:.2f}", ""]]
+    rows += [[f"merging, {vectors} vector{'s' if vectors > 1 else ''} on the device", "ms per lambda", spread([1000 * value for value in seconds]), "", ""] for vectors, seconds in merging.items()]
+    rows += [[f"peak memory, {part}", "MiB", f"{peak / 2**20:.0f}", "", ""] for part, peak in peaks.items()]
+    rows += [[f"study, {stage}", "s", f"{seconds:.0f}", "", ""] for stage, seconds in result.get("study_seconds", {}).items()]
+    for row in [["what", "unit", f"median of {args.repeats} (range)", "of the matrix product", "evaluator against it"], ["---"] * 5, *rows]:
+        print("| " + " | ".join(row) + " |")
+    print(f"\nencoder in fp32: {encoder_bytes / 2**20:.0f} MiB")
 
 
 def random_encoder(args):
@@ -112,6 +124,45 @@ def random_encoder(args):
     torch.manual_seed(0)
     architecture = {"library": "timm", "name": args.encoder.removeprefix("timm:"), "kwargs": {"img_size": args.image_size, "num_classes": 0}}
     return encoders.Encoder(args.encoder, encoders.build_architecture(architecture).eval(), args.image_size, (0.5,) * 3, (0.5,) * 3, 1.0, "random")
+
+
+# ---------------------------------------------------------------------------------------------- timing
+
+
+def timed(function, device):
+    """Seconds of one call, the device's queue empty before and after."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def repeat(args, function, device):
+    """Seconds of --repeats calls after one that does not count."""
+    return [timed(function, device) for _ in range(args.repeats + 1)][1:]
+
+
+def spread(values):
+    """Median (range) with three digits or more."""
+    digits = 0 if np.median(values) >= 100 else 1 if np.median(values) >= 10 else 2
+    return f"{np.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+# ---------------------------------------------------------------------------------------------- what is timed
+
+
+def ceiling(args, device, dtype):
+    """(FLOP/s of a large matrix product in dtype, bytes/s read and written by a large copy), --repeats values of each."""
+    side, size, loops = (8192, 2 ** 30, 50) if device.type == "cuda" else (2048, 2 ** 28, 10)
+    a, b = torch.randn(2, side, side, device=device).to(dtype)
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    products = repeat(args, lambda: [a @ b for _ in range(loops)], device)
+    copies = repeat(args, lambda: [target.copy_(source) for _ in range(loops)], device)
+    return [loops * 2 * side ** 3 / seconds for seconds in products], [loops * 2 * size / seconds for seconds in copies]
 
 
 def search(args, encoder, n_tasks):
@@ -125,15 +176,25 @@ def search(args, encoder, n_tasks):
     return evaluator, splits, heads, [(lam,) for lam in np.linspace(0, 1, args.lambdas + 1)[1:]]
 
 
-def timed(function, device):
-    """Seconds of one call, the device's queue empty before and after."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+def bare_forward(encoder, evaluator, images):
+    """(the same encoder, dtype and batch on data that is resident and normalised, nothing else; batches in a call of it)."""
+    module = copy.deepcopy(encoder.module).to(evaluator.device, evaluator.dtype)
+    if evaluator.forward is not evaluator.eager:
+        for part in module.modules():
+            if hasattr(part, "fused_attn"):
+                part.fused_attn = next(part.fused_attn for part in evaluator.module.modules() if hasattr(part, "fused_attn"))
+        module = torch.compile(module, dynamic=False)
+    pixels = torch.randn(evaluator.batch_size, 3, encoder.size, encoder.size, device=evaluator.device, dtype=evaluator.dtype)
+    batches = -(-images // evaluator.batch_size)
+
+    @torch.inference_mode()
+    def forward():
+        for _ in range(batches):
+            module(pixels)
+
+    with torch.inference_mode():
+        module(pixels)
+    return forward, batches
 
 
 def prepare_plain(folder, encoder, splits):
@@ -169,8 +230,8 @@ def plain_way(folder, encoder, heads, device):
     transform = v2.Compose([v2.Resize(encoder.size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(encoder.size), v2.ToImage(),
                             v2.ToDtype(torch.float32, scale=True), v2.Normalize(encoder.mean, encoder.std)])
     pre, vector = load_file(folder / "pretrained.safetensors"), load_file(folder / "vector.safetensors")
-    encoder.module.float().load_state_dict({name: pre[name] + 0.3 * vector[name] for name in pre})
-    module, hits = encoder.module.to(device), 0
+    module, hits = copy.deepcopy(encoder.module).to(device), 0
+    module.load_state_dict({name: pre[name] + 0.3 * vector[name] for name in pre})
     for t, head in enumerate(heads):
         paths = sorted((folder / str(t)).glob("*.jpg"))
         rows = [(path, int(path.name.split("_")[0])) for path in paths]
@@ -182,12 +243,34 @@ def plain_way(folder, encoder, heads, device):
     return hits
 
 
-def peak_memory(args, encoder):
-    """Peak bytes of a search whose vectors are read from disk; on a GPU of its allocator, on a CPU of the whole process."""
-    theta = encoders.weights_of(encoder.module)
+def training(args, encoder, device, steps):
+    """(steps/s of finetune.py's loop on random images, --repeats values after one that does not count; peak memory in bytes)."""
+    rng = np.random.default_rng(0)
+    split = common.Split(rng.integers(0, 256, (4 * args.train_batch, 3, encoder.size, encoder.size), dtype=np.uint8), np.arange(4 * args.train_batch),
+                         rng.integers(0, 10, 4 * args.train_batch))
+    task, head = common.Task("bench", {"train": split}, list(range(10)), ""), common.random_head(encoders.width_of(encoder), 10, torch.Generator().manual_seed(0))
+    head = {name: tensor.to(device) for name, tensor in head.items()}
+    module = copy.deepcopy(encoder.module).to(device, torch.float32).train()
+    forward = torch.compile(module, dynamic=False) if device.type == "cuda" and args.compile == "on" else module
+    settings = argparse.Namespace(recipe="aligned", steps=steps, batch_size=args.train_batch, seed=0, dtype=args.dtype)
+    costs = [finetune.train(forward, module, encoder, task, head, 1e-5, settings)[2] for _ in range(args.repeats + 1)][1:]
+    return [cost["images_per_second"] / args.train_batch for cost in costs], costs[-1]["peak_memory_bytes"]
+
+
+def own_process(args, part):
+    """peak_memory of a part, measured in a process of its own."""
+    words = [sys.executable, __file__, args.encoder, "--image-size", args.image_size, "--images", 32, "--lambdas", 2, "--compile", "off", "--repeats", 1,
+             "--train-batch", args.train_batch, "--device", args.device, "--dtype", args.dtype, "--part", part]
+    return int(subprocess.run([str(word) for word in words], check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def peak_memory(args, encoder, device):
+    """Peak bytes of fine-tuning, or of a search whose vectors are read from disk; on a GPU of its allocator, on a CPU of the whole process."""
+    if args.part == "fine-tuning":
+        return training(args, encoder, device, 2)[1]
+    theta, names = encoders.weights_of(encoder.module), [f"task{t}" for t in range(int(args.part.split()[2]))]
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        names = [f"task{t}" for t in range(args.peak_of)]
         head = common.random_head(encoder.module.num_features, 10, torch.Generator().manual_seed(0))
         for name in names:
             files.save_tensors(folder / "heads" / f"{name}.safetensors", head, theta_pre=encoder.theta_pre)
@@ -197,9 +280,26 @@ def peak_memory(args, encoder):
         total, _ = common.sum_of_vectors(folder, "aligned", names, encoder)
         evaluator.use_vectors([total])
         evaluator.hits(splits, heads, settings)
-        if evaluator.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(evaluator.device)
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return common.peak_memory(device)
+
+
+def study_seconds(folder):
+    """{stage: seconds} of a finished study from its JSON files; loading, compiling and pictures are not in them."""
+    probe = files.read_json(folder / "probe.json", "python probe.py ENCODER")
+    seconds = {"features": sum(row["feature_seconds"] for row in probe["tasks"].values()),
+               "heads": probe["search"]["seconds"] + sum(row["seconds"] for row in probe["tasks"].values())}
+    for path in sorted(folder.glob("*/*.json")):
+        result, recipe = files.read_json(path, "its stage"), path.parent.name
+        if path.name == "finetune.json":
+            seconds[f"{recipe}, learning-rate search"] = sum(result.get("search", {}).get("seconds", {}).values())
+            seconds[f"{recipe}, fine-tuning"] = sum(row["seconds"] for row in result["tasks"].values())
+        elif path.name == "merge.json":
+            seconds[f"{recipe}, lambda search"] = result["seconds"]
+        elif path.name == "scaling.json":
+            seconds[f"{recipe}, subsets"] = sum(row["seconds"] for row in result["subsets"])
+        elif path.name == "disentangle.json":
+            seconds[f"{recipe}, heat maps"] = sum(row["seconds"] for row in result["pairs"].values())
+    return seconds
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import sys
 import warnings
@@ -127,6 +128,24 @@ def pick_dtype(name, device):
     else:
         has_bf16, unit = False, "measured bf16 units"
     return (torch.bfloat16, f"{device.type} with {unit}") if has_bf16 else (torch.float32, f"{device.type} without {unit}")
+
+
+def reset_peak_memory(device):
+    """Start peak_memory anew. On a CPU Linux can do so; elsewhere it stays the process's whole life."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device):
+    """Peak bytes since reset_peak_memory: of a GPU's allocator, or of the resident process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # not ru_maxrss, which a process inherits from the one that started it
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss              # bytes on macOS
 
 
 # ---------------------------------------------------------------------------------------------- tasks
@@ -581,7 +600,7 @@ class Evaluator:
         self.theta_pre = {name: tensor.to(self.device) for name, tensor in weights_of(encoder.module).items()}
         self.vectors = []
         module = copy.deepcopy(encoder.module).to(self.device, self.dtype).eval().requires_grad_(False)
-        self.slots = weights_of(module)
+        self.module, self.slots = module, weights_of(module)
 
         normalise = normaliser(encoder, self.device)
 
@@ -591,6 +610,10 @@ class Evaluator:
         self.rank, self.world = (0, 1) if alone else (ranks.rank(), ranks.world())
         ranks.wait()                                                       # none writes before all have read what is there
         compiled, why = compile_pays(args.compile, self.device, encoder, work / self.world)
+        if compiled and self.device.type == "cpu" and self.dtype == torch.bfloat16:
+            for part in module.modules():
+                if hasattr(part, "fused_attn"):
+                    part.fused_attn = False                                # inductor's softmax between two bf16 products is the faster one
         self.eager = forward
         self.forward = torch.compile(forward, dynamic=False) if compiled else forward
         print(f"evaluator: {str(self.dtype)[6:]} ({reason}), batch {self.batch_size}, {'compiled' if compiled else 'eager'} ({why})", flush=True)

@@ -13,7 +13,6 @@ Writes  runs/ENCODER/RECIPE/finetuned/TASK.safetensors, finetune.json, for the o
 Source  arXiv:2511.14569 section 3.1, appendices B, C, G and H: AdamW, 2,000 steps of 128, warm-up, cosine to 0
 """
 import copy
-import resource
 import time
 
 import torch
@@ -158,8 +157,7 @@ def train(forward, module, encoder, task, head, lr, args):
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=WEIGHT_DECAY, fused=True)
     normalise = common.normaliser(encoder, device)
     finite = torch.ones((), dtype=torch.bool, device=device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    common.reset_peak_memory(device)
     start = time.perf_counter()
     bar = common.progress(common.batches(len(labels), args.batch_size, args.steps, generator), f"finetune {task.name} lr {lr:g}", "step")
     for step, rows in enumerate(bar):
@@ -183,10 +181,9 @@ def train(forward, module, encoder, task, head, lr, args):
     seconds = time.perf_counter() - start
     theta_pre = encoders.weights_of(encoder.module)
     theta_t, _ = common.task_vector(theta_pre, {name: tensor.cpu() for name, tensor in encoders.weights_of(module).items()})
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     head = {name: tensor.detach() for name, tensor in head.items()}
     return theta_t, head, {"final_loss": loss.item(), "trainable_params": sum(p.numel() for p in parameters), "seconds": seconds,
-                     "images_per_second": args.steps * args.batch_size / seconds, "peak_memory_bytes": peak}
+                     "images_per_second": args.steps * args.batch_size / seconds, "peak_memory_bytes": common.peak_memory(device)}
 
 
 def evaluate(evaluator, encoder, theta_t, task, head, splits):

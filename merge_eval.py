@@ -133,6 +133,7 @@ def scale(args, folder, sources, encoder, lambdas):
 
     # ------------------------------------------------------------------ every subset
     for subset in todo:
+        start = time.perf_counter()
         member = [float(name in subset) for name in names]
         settings = [tuple(lam * m for m in member) for lam in lambdas[1:]]
         counted = evaluator.hits([splits[name]["val"] for name in subset], [heads[name] for name in subset], settings)
@@ -145,7 +146,7 @@ def scale(args, folder, sources, encoder, lambdas):
             counted = evaluator.hits([splits[name]["test"] for name in subset], [heads[name] for name in subset], [settings[best - 1]])
             accuracy = {name: counts[0] / n[name]["test"] for name, counts in zip(subset, counted)}
         rows.append({"tasks": list(subset), "best_lambda": lambdas[best], "absolute": common.mean(accuracy.values()),
-                     "normalized": common.normalized_accuracy(accuracy, alone["test"])})
+                     "normalized": common.normalized_accuracy(accuracy, alone["test"]), "seconds": time.perf_counter() - start})
         result["images_per_task"] = n
         files.write_json(path, result)
 

@@ -31,7 +31,7 @@ def study(tmp_path_factory):
 def args(tmp_path):
     """Shared flags of a stage, for calling the library part without a command line."""
     import common
-    return common.stage_parser("").parse_args(["tiny", "--runs", str(tmp_path / "runs"), "--device", "cpu", "--compile", "off"])
+    return common.stage_parser("").parse_args(["tiny", "--runs", str(tmp_path / "runs"), "--device", "cpu", "--compile", "off", "--dtype", "fp32"])
 
 
 @pytest.fixture

@@ -132,9 +132,10 @@ def test_the_merged_encoder_loads_into_timm_and_repeats_the_test_accuracy(study)
     encoder = encoders.load_encoder(args)
     task = common.load_task("textures", "generated", encoder, args)
     head = common.load_head(study / "tiny", "aligned", task, encoder, torch.device("cpu"))
-    pixels = (torch.from_numpy(task.splits["test"].images.copy()).float() / 255 - 0.5) / 0.25
+    dtype = getattr(torch, merge["config"]["dtype"])
+    module, pixels = module.to(dtype), ((torch.from_numpy(task.splits["test"].images.copy()).float() / 255 - 0.5) / 0.25).to(dtype)
     with torch.no_grad():
-        hits = int((F.linear(module(pixels), head["weight"], head["bias"]).argmax(1) == torch.from_numpy(task.splits["test"].labels)).sum())
+        hits = int((F.linear(module(pixels).float(), head["weight"], head["bias"]).argmax(1) == torch.from_numpy(task.splits["test"].labels)).sum())
     assert abs(hits - merge["test"]["hits"]["textures"]) <= 1  # another batch size may round a tie the other way
 
 
