@@ -739,6 +739,11 @@ def task_vector(theta_pre, theta_t):
     return theta_t, tau_t
 
 
+def length(tensors):
+    """Euclidean norm of a dict of tensors taken as one vector."""
+    return sum(tensor.double().square().sum() for tensor in tensors.values()).sqrt().item()
+
+
 def compile_pays(mode, device, encoder, images):
     """(whether to torch.compile the encoder, why). auto compiles where the forward work ahead is long against compiling.
 

@@ -73,11 +73,11 @@ def main(args):
         inside = np.abs(lambdas) <= 1
         name = f"{a}-{b}"
         files.save_arrays(folder / args.recipe / "disentangle" / f"{name}.npz", xi=xi, lambdas=lambdas)
+        draw(folder / args.recipe / "disentangle" / f"{name}.png", xi, lambdas, a, b, f"{args.encoder}, {args.recipe}")
         with files.adding_rows(path, result, "pairs", args.overwrite):
             done[name] = {"limit": args.limit, "points": args.points, "samples": [len(images[a].rows), len(images[b].rows)],
                           "mean_xi_in_box": float(xi[np.ix_(inside, inside)].mean()), "xi_at_origin": float(xi[args.points // 2, args.points // 2]),
                           "max_xi": float(xi.max()), "seconds": seconds, "vectors": [vectors[a][1]["sha256"], vectors[b][1]["sha256"]]}
-        draw(folder / args.recipe / "disentangle" / f"{name}.png", xi, lambdas, a, b, f"{args.encoder}, {args.recipe}")
         print(f"disentangle {name}: mean xi in [-1, 1]^2 {done[name]['mean_xi_in_box']:.4f}, at the origin {done[name]['xi_at_origin']:g}, "
               f"n = {done[name]['samples']}, {seconds:.1f} s", flush=True)
 

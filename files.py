@@ -16,6 +16,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -34,6 +35,7 @@ class Refused(Exception):
 def run(main, parse_args):
     """Run a stage from the command line: a refusal is one line on stderr and exit code 2, a bug keeps its traceback."""
     stage = Path(sys.argv[0]).name
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))                # so that temporary files are removed
     if ranks.rank() > 0:
         sys.stdout = open(os.devnull, "w")                                 # rank 0 speaks for all; errors still show
     try:

@@ -9,10 +9,13 @@ Fine-tune the encoder on each task: with its probed head frozen, or under anothe
     torchrun --nproc-per-node 8 finetune.py vit_b16_dino         # a learning rate or a task for each of eight GPUs
 
 Reads   runs/ENCODER/pretrained.safetensors, for aligned heads/TASK.safetensors (probe.py)
-Writes  runs/ENCODER/RECIPE/finetuned/TASK.safetensors, finetune.json, for the other recipes also heads/TASK.safetensors
+Writes  runs/ENCODER/RECIPE/finetuned/TASK.safetensors, finetune.json, for the other recipes also heads/TASK.safetensors;
+        while a task trains state/TASK-*.safetensors, from which the same command continues after a kill, bit for bit on a CPU
 Source  arXiv:2511.14569 section 3.1, appendices B, C, G and H: AdamW, 2,000 steps of 128, warm-up, cosine to 0
 """
 import copy
+import hashlib
+import json
 import time
 
 import torch
@@ -33,6 +36,7 @@ def parse_args(argv=None):
     common.add_recipe(parser)
     parser.add_argument("--steps", type=common.positive, default=2000, help="optimizer steps per task (default 2000)")
     parser.add_argument("--batch-size", type=common.positive, default=128, help="images per step (default 128)")
+    parser.add_argument("--save-minutes", type=common.positive_float, default=5.0, help="minutes between two savings of the training state (default 5)")
     parser.add_argument("--lr", type=common.positive_float, help="peak learning rate; without it a search over decades on one task, cars or else the first")
     return parser.parse_args(argv)
 
@@ -85,7 +89,7 @@ def main(args):
         for lr in ranks.deal([lr for lr in LEARNING_RATES if f"{lr:g}" not in tried]):
             found, start = None, time.perf_counter()
             if lr:
-                theta_t, head, cost = train(forward, module, encoder, tasks[search], heads[search], lr, args)
+                theta_t, head, cost = train(forward, module, encoder, tasks[search], heads[search], lr, args, folder / args.recipe / "state")
                 val = None if theta_t is None else evaluate(evaluator, encoder, theta_t, tasks[search], head, ["val"])["val"]
                 best = (val, lr, (theta_t, head, cost)) if (val or 0) > best[0] else best
                 found = f"{lr:g}", val, time.perf_counter() - start
@@ -105,8 +109,8 @@ def main(args):
             if (name, result["lr"]) == (search, best[1]):                  # the search has trained this one already, same seed and steps
                 theta_t, head, cost = best[2]
             else:
-                theta_t, head, cost = train(forward, module, encoder, tasks[name], heads[name], result["lr"], args)
-            found = name, None
+                theta_t, head, cost = train(forward, module, encoder, tasks[name], heads[name], result["lr"], args, folder / args.recipe / "state")
+            found = name, cost
             if theta_t is not None:
                 about = {"theta_pre": encoder.theta_pre, "recipe": args.recipe, "task": name, "data": tasks[name].fingerprint}
                 files.save_tensors(written[name][0], theta_t, from_any_rank=True, **about, head=files.fingerprint(head))
@@ -115,8 +119,8 @@ def main(args):
                 row = evaluate(evaluator, encoder, theta_t, tasks[name], head, ["val", "test"])
                 found = name, row | cost | {"data": tasks[name].fingerprint} | zero_shot.get(name, {})
         for name, row in filter(None, ranks.gather(found)):
-            if row is None:
-                diverged.append(name)
+            if "diverged_at" in row:
+                diverged.append(f"{name} (step {row['diverged_at']} of {args.steps})")
                 continue
             done[name] = row
             print(f"finetune {name}: validation {row['val']:.4f}, test {row['test']:.4f} (n = {row['n_test']}), "
@@ -124,6 +128,8 @@ def main(args):
         if done:
             with files.adding_rows(path, result, "tasks", args.overwrite):
                 result |= {"recipe": args.recipe, "mean_test": common.mean(row["test"] for row in done.values())}
+            for left in [left for name in done if name in todo for left in (folder / args.recipe / "state").glob(f"{name}-*.safetensors")]:
+                left.unlink(missing_ok=True)
     if diverged:
         raise files.Refused(f"training diverged at learning rate {result['lr']:g} on {', '.join(diverged)}; "
                             f"finished tasks are kept, a smaller --lr needs --overwrite or another --runs")
@@ -139,10 +145,12 @@ def first_head(recipe, folder, task, encoder, tower, device, args):
     return common.random_head(encoders.width_of(encoder), len(task.classes), torch.Generator(device).manual_seed(args.seed))
 
 
-def train(forward, module, encoder, task, head, lr, args):
+def train(forward, module, encoder, task, head, lr, args, states=None):
     """Train `module` (through `forward`, perhaps compiled) from theta_pre on one task, the head along if the recipe says so.
 
-    Returns  (theta_t, head, {"seconds", "images_per_second", ...}); theta_t is None where the loss or a weight is not finite
+    states   folder for the training state, saved every --save-minutes and continued from; None: do without
+    Returns  (theta_t, head, {"seconds", "images_per_second", ...}), or where the loss or a weight is not finite
+             (None, None, {"diverged_at": the step at which that was seen}), the last good state kept
     """
     device = next(module.parameters()).device
     generator = torch.Generator(device).manual_seed(args.seed)
@@ -157,10 +165,15 @@ def train(forward, module, encoder, task, head, lr, args):
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=WEIGHT_DECAY, fused=True)
     normalise = common.normaliser(encoder, device)
     finite = torch.ones((), dtype=torch.bool, device=device)
+    order = common.batches(len(labels), args.batch_size, args.steps, generator)
+    identity = {"theta_pre": encoder.theta_pre, "recipe": args.recipe, "task": task.name, "data": task.fingerprint, "lr": lr, "steps": args.steps,
+                "batch_size": args.batch_size, "seed": args.seed, "dtype": str(dtype)[6:], "head": files.fingerprint(head)}
+    state = states and states / f"{task.name}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:10]}.safetensors"
+    begun, before = restore(state, module, head, optimizer, generator) if state and state.exists() else (0, 0.0)
     common.reset_peak_memory(device)
-    start = time.perf_counter()
-    bar = common.progress(common.batches(len(labels), args.batch_size, args.steps, generator), f"finetune {task.name} lr {lr:g}", "step")
-    for step, rows in enumerate(bar):
+    start = saved = time.perf_counter()
+    bar = common.progress(order[begun:], f"finetune {task.name} lr {lr:g}{f' from step {begun}' if begun else ''}", "step")
+    for step, rows in enumerate(bar, begun):
         optimizer.param_groups[0]["lr"] = common.learning_rate(step, args.steps, lr)
         pixels = normalise(common.random_resized_crop(images[rows], encoder.size, generator))  # (B, 3, S, S)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
@@ -174,16 +187,42 @@ def train(forward, module, encoder, task, head, lr, args):
         if step % 50 == 49:
             bar.set_postfix(loss=f"{loss.item():.3f}")
             if not finite:
-                return None, None, {}
+                return None, None, {"diverged_at": step + 1}
+        if state and step + 1 < args.steps and time.perf_counter() - saved > 60 * args.save_minutes and finite:
+            saved = time.perf_counter()
+            save(state, module, head, optimizer, generator, step + 1, before + saved - start, identity)
     finite &= torch.stack([parameter.isfinite().all() for parameter in parameters]).all()
     if not finite:                                                         # waits for the device, so the clock is right below
-        return None, None, {}
-    seconds = time.perf_counter() - start
+        return None, None, {"diverged_at": args.steps}
+    seconds = before + time.perf_counter() - start
     theta_pre = encoders.weights_of(encoder.module)
     theta_t, _ = common.task_vector(theta_pre, {name: tensor.cpu() for name, tensor in encoders.weights_of(module).items()})
     head = {name: tensor.detach() for name, tensor in head.items()}
     return theta_t, head, {"final_loss": loss.item(), "trainable_params": sum(p.numel() for p in parameters), "seconds": seconds,
                      "images_per_second": args.steps * args.batch_size / seconds, "peak_memory_bytes": common.peak_memory(device)}
+
+
+def save(path, module, head, optimizer, generator, step, seconds, identity):
+    """Write all that the remaining steps depend on."""
+    tensors = {f"weights.{name}": tensor for name, tensor in module.state_dict().items()} | {f"head.{name}": tensor for name, tensor in head.items()}
+    tensors |= {f"optimizer.{index}.{name}": tensor for index, row in optimizer.state_dict()["state"].items() for name, tensor in row.items()}
+    files.save_tensors(path, tensors | {"generator": generator.get_state()}, from_any_rank=True, step=step, seconds=seconds, **identity)
+
+
+def restore(path, module, head, optimizer, generator):
+    """Read back what save wrote; returns (steps done, seconds they took)."""
+    tensors, about = files.load_tensors(path, "python finetune.py")
+    module.load_state_dict({name[8:]: tensor for name, tensor in tensors.items() if name.startswith("weights.")})
+    rows = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".")
+            rows.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": rows, "param_groups": optimizer.state_dict()["param_groups"]})
+    for name, tensor in head.items():
+        tensor.data.copy_(tensors[f"head.{name}"])
+    generator.set_state(tensors["generator"])
+    return about["step"], about["seconds"]
 
 
 def evaluate(evaluator, encoder, theta_t, task, head, splits):

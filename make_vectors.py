@@ -45,11 +45,11 @@ def main(args):
                                             theta_pre=encoder.theta_pre, recipe=args.recipe)
         _, tau_t = common.task_vector(theta_pre, theta_t)
         common.save_vector(folder, args.recipe, name, tau_t, about)
-        norm[name] = length(tau_t)
+        norm[name] = common.length(tau_t)
         if norm[name] == 0:
             raise files.Refused(f"the task vector of {name} is zero: fine-tuning changed nothing, try a larger --lr or more --steps")
-        relative_norm[name] = norm[name] / length(theta_pre)
-        layers[name] = {layer: length(pick(tau_t, layer)) / length(pick(theta_pre, layer)) for layer in layer_names(theta_pre) if length(pick(theta_pre, layer)) > 0}
+        relative_norm[name] = norm[name] / common.length(theta_pre)
+        layers[name] = {layer: common.length(pick(tau_t, layer)) / common.length(pick(theta_pre, layer)) for layer in layer_names(theta_pre) if common.length(pick(theta_pre, layer)) > 0}
         directions.append(torch.cat([tau_t[key].flatten() for key in theta_pre]) / norm[name])
         sources[name] = about["sha256"]
         for key in matrices:
@@ -76,11 +76,6 @@ def leading_directions(matrix, rank):
     """(d, rank) orthonormal: the leading singular directions of a matrix on its shorter side, d long."""
     matrix = matrix.double() if len(matrix) <= len(matrix.T) else matrix.double().T
     return torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -rank:]    # eigenvalues ascend
-
-
-def length(tensors):
-    """Euclidean norm of a dict of tensors taken as one vector."""
-    return sum(tensor.double().square().sum() for tensor in tensors.values()).sqrt().item()
 
 
 def layer_names(theta):

@@ -148,10 +148,11 @@ def scale(args, folder, sources, encoder, lambdas):
         rows.append({"tasks": list(subset), "best_lambda": lambdas[best], "absolute": common.mean(accuracy.values()),
                      "normalized": common.normalized_accuracy(accuracy, alone["test"]), "seconds": time.perf_counter() - start})
         result["images_per_task"] = n
+        if subset == todo[-1]:                                             # before the file that says all is done
+            draw_scaling(folder / args.recipe / "scaling.png", rows, f"{args.encoder}, {args.recipe}")
         files.write_json(path, result)
 
     # ------------------------------------------------------------------ results
-    draw_scaling(folder / args.recipe / "scaling.png", rows, f"{args.encoder}, {args.recipe}")
     for size in sorted({len(row["tasks"]) for row in rows}):
         normalized = [row["normalized"] for row in rows if len(row["tasks"]) == size]
         print(f"merge_eval: {size} tasks: mean normalized accuracy {common.mean(normalized):.4f} over {len(normalized)} subsets")

@@ -1,4 +1,4 @@
-"""torchrun: what several processes share out gives the results of one."""
+"""Several processes share the work with the results of one; killed processes lose nothing."""
 import json
 import shutil
 import sys
@@ -6,14 +6,7 @@ import sys
 import torch
 import two_processes
 from conftest import stage
-
-
-def numbers(path):
-    """A result without what may differ: where, how fast and by which command it was made."""
-    def strip(value):
-        return {key: strip(inner) for key, inner in value.items() if key not in ("machine", "command", "seconds", "feature_seconds", "images_per_second", "peak_memory_bytes")} \
-            if isinstance(value, dict) else value
-    return strip(json.loads(path.read_text()))
+from soak import numbers
 
 
 def test_two_processes_give_the_files_of_one(study, tmp_path):
@@ -63,3 +56,11 @@ def test_rows_another_job_wrote_meanwhile_are_kept(tmp_path):
     with files.adding_rows(path, other, "tasks", overwrite=True):
         other["tasks"]["svhn"] = {"test": 0.5}
     assert set(json.loads(path.read_text())["tasks"]) == {"svhn"}
+
+
+def test_killed_anywhere_then_rerun_equals_uninterrupted():
+    """SIGKILL at random instants of every heavy stage, the training state saved at every step; tests/soak.sh N runs it longer."""
+    finished = stage(sys.executable, "tests/soak.py", "5")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    figures = json.loads(finished.stdout)
+    assert figures["kills"] == 5 and figures["files"] > 30 and figures["differ"] == []
