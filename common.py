@@ -58,16 +58,25 @@ def stage_parser(docstring):
 
 
 def add_recipe(parser):
-    parser.add_argument("--recipe", choices=list(RECIPES), default="aligned", help="how theta_t comes about: aligned (probed head, frozen), full (random head, "
-                        "trained along), zeroshot and zeroshot-full (head from class names, CLIP only) (default aligned)")
+    parser.add_argument("--recipe", choices=list(RECIPES), default="aligned", metavar="NAME", help="how theta_t comes about: aligned (probed head, frozen; the default), "
+                        "full (random head, trained along), zeroshot, zeroshot-full (head from class names, CLIP only); attention, attention-bias, attention-mlp, "
+                        "attention-mlp-bias (those weights only), linearized (in the tangent space), each with a probed head or as NAME-zeroshot, NAME-random")
 
 
 class Recipe(NamedTuple):
-    head: str         # where it comes from: "probed" (probe.py), "random", or "text" (text_heads.py)
-    train_head: bool  # along with the encoder, else it stays frozen
+    head: str             # where it comes from: "probed" (probe.py), "random", or "text" (text_heads.py)
+    train_head: bool      # along with the encoder, else it stays frozen
+    trained: str = ""     # regular expression of the encoder's parameters that train; all of them
+    linear: bool = False  # the encoder is its first-order Taylor expansion at theta_pre
 
 
 RECIPES = {"aligned": Recipe("probed", False), "full": Recipe("random", True), "zeroshot": Recipe("text", False), "zeroshot-full": Recipe("text", True)}
+ATTENTION, MLP = r"attn\.(qkv|[qkv]_proj|proj|in_proj|out_proj)[._]", r"mlp\.(fc1|fc2|c_fc|c_proj)\."  # as timm and open_clip name them
+for name, trained, linear in [("attention", f"{ATTENTION}weight$", False), ("attention-bias", f"{ATTENTION}(weight|bias)$", False),
+                              ("attention-mlp", f"({ATTENTION}|{MLP})weight$", False), ("attention-mlp-bias", f"({ATTENTION}|{MLP})(weight|bias)$", False),
+                              ("linearized", "", True)]:
+    RECIPES |= {name: Recipe("probed", False, trained, linear), f"{name}-zeroshot": Recipe("text", False, trained, linear),
+                f"{name}-random": Recipe("random", True, trained, linear)}
 
 
 def natural(text):
@@ -598,11 +607,11 @@ class Evaluator:
         self.dtype, reason = pick_dtype(args.dtype, self.device)
         self.batch_size = 512 if self.device.type == "cuda" else 32  # a CPU is fastest where a batch fits its caches
         self.theta_pre = {name: tensor.to(self.device) for name, tensor in weights_of(encoder.module).items()}
-        self.vectors = []
+        self.vectors, self.changed = [], []
         module = copy.deepcopy(encoder.module).to(self.device, self.dtype).eval().requires_grad_(False)
         self.module, self.slots = module, weights_of(module)
 
-        normalise = normaliser(encoder, self.device)
+        self.normalise = normalise = normaliser(encoder, self.device)
 
         def forward(images):  # (B, 3, S, S) uint8 -> (B, D)
             return module(normalise(images).to(self.dtype))
@@ -619,15 +628,19 @@ class Evaluator:
         print(f"evaluator: {str(self.dtype)[6:]} ({reason}), batch {self.batch_size}, {'compiled' if compiled else 'eager'} ({why})", flush=True)
 
     def use_vectors(self, vectors):
-        """Set the task vectors, a list of {name: tensor} that match theta_pre's names."""
-        self.vectors = [{name: vector[name].to(self.device) for name in self.theta_pre} for vector in vectors]
+        """Set the task vectors, a list of {name: tensor}; names of theta_pre that a vector lacks it leaves as they are."""
+        self.vectors = [{name: tensor.to(self.device) for name, tensor in vector.items()} for vector in vectors]
+        for name, slot in self.slots.items():
+            slot.copy_(self.theta_pre[name])
+        self.changed = [name for name in self.slots if any(name in vector for vector in self.vectors)]
 
     def write(self, coefficients):
         """Write theta_pre + sum_t c_t tau_t into the encoder, one tensor at a time; no coefficients write theta_pre."""
-        for name, slot in self.slots.items():
-            merged = self.theta_pre[name]
+        for name in self.changed:
+            slot, merged = self.slots[name], self.theta_pre[name]
             for coefficient, vector in zip(coefficients, self.vectors, strict=len(coefficients) > 0):
-                merged = torch.add(merged, vector[name], alpha=float(coefficient))
+                if name in vector:
+                    merged = torch.add(merged, vector[name], alpha=float(coefficient))
             slot.copy_(merged.clamp_min(0) if name.endswith("running_var") else merged)  # a batch norm's variance
 
     @torch.inference_mode()
@@ -649,21 +662,25 @@ class Evaluator:
             n = len(images)
             padding = -n % self.batch_size
             images = torch.cat([images, images[:1].expand(padding, -1, -1, -1)]) if padding else images
-            for k, coefficients in enumerate(settings):
-                first, last = self.share(k, len(settings), len(images) // self.batch_size)
-                if first < last:
-                    self.write(coefficients)
-                    # a compiled graph may reuse its output buffer, so each batch is copied out by cat
-                    features = torch.cat([self.forward(images[i * self.batch_size:(i + 1) * self.batch_size]) for i in range(first, last)])
-                    begin_row, end_row = first * self.batch_size, min(last * self.batch_size, n)
-                    at = 0                                                 # where a piece begins in this chunk
-                    for t, rows in pieces:
-                        low, high = max(at, begin_row), min(at + rows.stop - rows.start, end_row)
-                        if low < high:
-                            consume(k, t, slice(rows.start + low - at, rows.start + high - at), features[low - begin_row:high - begin_row])
-                        at += rows.stop - rows.start
-                bar.update(n)
+            for k, first, features in self.outputs(images, settings):
+                begin_row, end_row = first * self.batch_size, min(first * self.batch_size + len(features), n)
+                at = 0                                                     # where a piece begins in this chunk
+                for t, rows in pieces:
+                    low, high = max(at, begin_row), min(at + rows.stop - rows.start, end_row)
+                    if low < high:
+                        consume(k, t, slice(rows.start + low - at, rows.start + high - at), features[low - begin_row:high - begin_row])
+                    at += rows.stop - rows.start
+                bar.update(n * self.world if len(settings) >= self.world else len(features))
         bar.close()
+
+    def outputs(self, images, settings):
+        """Yield (k, first batch, features) of a chunk (n batches, C, S, S) under every setting, in this process's share."""
+        for k, coefficients in enumerate(settings):
+            first, last = self.share(k, len(settings), len(images) // self.batch_size)
+            if first < last:
+                self.write(coefficients)
+                # a compiled graph may reuse its output buffer, so each batch is copied out by cat
+                yield k, first, torch.cat([self.forward(images[i * self.batch_size:(i + 1) * self.batch_size]) for i in range(first, last)])
 
     def share(self, k, n_settings, n_batches):
         """(first, last) batch of a chunk that this process evaluates under setting k: all or none, or its part of them."""
@@ -726,13 +743,14 @@ def cached_features(folder, task, evaluator, overwrite=False):
 
 
 def task_vector(theta_pre, theta_t):
-    """(theta_t, tau_t) with theta_pre + tau_t == theta_t bit for bit in float32.
+    """(theta_t, tau_t) with theta_pre + tau_t == theta_t bit for bit in float32, for the names in theta_t.
 
     A plain difference loses up to half a unit in the last place where the two differ by more than a factor of two; rounding
     theta_t to theta_pre + (theta_t - theta_pre) twice reaches a value from which nothing is lost.
     """
     tau_t = {}
-    for name, pre in theta_pre.items():
+    for name in theta_t:
+        pre = theta_pre[name]
         for _ in range(2):
             theta_t = theta_t | {name: pre + (theta_t[name] - pre)}
         tau_t[name] = theta_t[name] - pre

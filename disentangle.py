@@ -16,6 +16,7 @@ import numpy as np
 import common
 import encoders
 import files
+import linearized
 
 
 def parse_args(argv=None):
@@ -55,7 +56,7 @@ def main(args):
     images = {name: common.sample(tasks[name].splits["test"], args.samples, args.seed) for name in used}
     lambdas = np.linspace(-args.limit, args.limit, args.points).round(10)
     cells = (args.points ** 2 - args.points) * sum(len(images[name].rows) for pair in todo for name in pair)
-    evaluator = common.Evaluator(encoder, args, cells + args.points * sum(len(split.rows) for split in images.values()))
+    evaluator = linearized.evaluator(encoder, args, cells + args.points * sum(len(split.rows) for split in images.values()))
     print(f"disentangle: {len(todo)} pairs, {args.points} x {args.points} points, {cells} images to evaluate", flush=True)
 
     # ------------------------------------------------------------------ theta_pre + lambda tau_t alone, once per task and lambda

@@ -16,6 +16,7 @@ Source  arXiv:2511.14569 section 3.1, appendices B, C, G and H: AdamW, 2,000 ste
 import copy
 import hashlib
 import json
+import re
 import time
 
 import torch
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 import common
 import encoders
 import files
+import linearized
 import ranks
 import text_heads
 
@@ -67,7 +69,7 @@ def main(args):
 
     # ------------------------------------------------------------------ one module to train, one evaluator
     images = sum(len(tasks[name].splits[split].rows) for name in todo for split in ("val", "test"))
-    evaluator = common.Evaluator(encoder, args, images, alone=True)
+    evaluator = linearized.evaluator(encoder, args, images, alone=True)
     module = copy.deepcopy(encoder.module).to(device).train()
     zero_shot = {}
     for name in todo if recipe.head == "text" else ():
@@ -77,7 +79,13 @@ def main(args):
     compiled, why = common.compile_pays(args.compile, device, encoder, 3 * runs * args.steps * args.batch_size)
     if device.type == "cpu" and args.compile == "auto":
         compiled, why = False, "a compiled training step is no faster on CPUs"
-    forward = torch.compile(module, dynamic=False) if compiled else module
+    if recipe.linear:
+        compiled, why = False, "a linearized encoder is not compiled"
+        forward = linearized.forward(module, encoder, device)
+    else:
+        forward = torch.compile(module, dynamic=False) if compiled else module
+    trained = choose_parameters(module, args)
+    print(f"finetune: {trained:,} parameters of the encoder train", flush=True)
     print(f"finetune: {len(todo)} tasks x {args.steps} steps of {args.batch_size}, {'compiled' if compiled else 'eager'} ({why})", flush=True)
 
     # ------------------------------------------------------------------ learning rate, on one task's validation split
@@ -145,6 +153,17 @@ def first_head(recipe, folder, task, encoder, tower, device, args):
     return common.random_head(encoders.width_of(encoder), len(task.classes), torch.Generator(device).manual_seed(args.seed))
 
 
+def choose_parameters(module, args):
+    """Let the parameters train that the recipe names, and only those; returns how many numbers they hold."""
+    wanted = common.RECIPES[args.recipe].trained
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(bool(re.search(wanted, name)))
+    count = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    if count == 0:
+        raise files.Refused(f"recipe {args.recipe} trains parameters named like {wanted!r}, and {args.encoder} has none: aligned and full train any encoder")
+    return count
+
+
 def train(forward, module, encoder, task, head, lr, args, states=None):
     """Train `module` (through `forward`, perhaps compiled) from theta_pre on one task, the head along if the recipe says so.
 
@@ -196,7 +215,8 @@ def train(forward, module, encoder, task, head, lr, args, states=None):
         return None, None, {"diverged_at": args.steps}
     seconds = before + time.perf_counter() - start
     theta_pre = encoders.weights_of(encoder.module)
-    theta_t, _ = common.task_vector(theta_pre, {name: tensor.cpu() for name, tensor in encoders.weights_of(module).items()})
+    changed = {name: tensor.cpu() for name, tensor in encoders.weights_of(module).items() if re.search(common.RECIPES[args.recipe].trained, name)}
+    theta_t, _ = common.task_vector(theta_pre, changed)
     head = {name: tensor.detach() for name, tensor in head.items()}
     return theta_t, head, {"final_loss": loss.item(), "trainable_params": sum(p.numel() for p in parameters), "seconds": seconds,
                      "images_per_second": args.steps * args.batch_size / seconds, "peak_memory_bytes": common.peak_memory(device)}

@@ -10,6 +10,8 @@ Source  arXiv:2511.14569 section 2; the cosine matrix follows Ilharco et al., ar
         |U_a^T U_b|^2 / k for the k leading singular directions of the layer's two updates, on the shorter side of the matrix;
         1 for the same subspace, k / d on average for random ones (d the length of that side)
 """
+import re
+
 import numpy as np
 import torch
 
@@ -38,7 +40,8 @@ def main(args):
 
     # ------------------------------------------------------------------ tau_t, one task at a time
     norm, relative_norm, layers, directions, sources = {}, {}, {}, [], {}
-    matrices = [key for key, tensor in theta_pre.items() if tensor.ndim >= 2 and min(tensor.flatten(1).shape) >= 2 * RANK]
+    changed = [key for key in theta_pre if re.search(common.RECIPES[args.recipe].trained, key)]
+    matrices = [key for key in changed if theta_pre[key].ndim >= 2 and min(theta_pre[key].flatten(1).shape) >= 2 * RANK]
     subspaces = {key: [] for key in matrices}
     for name in names:
         theta_t, about = files.load_tensors(recipe_folder / "finetuned" / f"{name}.safetensors", finetune,
@@ -49,8 +52,8 @@ def main(args):
         if norm[name] == 0:
             raise files.Refused(f"the task vector of {name} is zero: fine-tuning changed nothing, try a larger --lr or more --steps")
         relative_norm[name] = norm[name] / common.length(theta_pre)
-        layers[name] = {layer: common.length(pick(tau_t, layer)) / common.length(pick(theta_pre, layer)) for layer in layer_names(theta_pre) if common.length(pick(theta_pre, layer)) > 0}
-        directions.append(torch.cat([tau_t[key].flatten() for key in theta_pre]) / norm[name])
+        layers[name] = {layer: common.length(pick(tau_t, layer)) / common.length(pick(theta_pre, layer)) for layer in layer_names(tau_t) if common.length(pick(theta_pre, layer)) > 0}
+        directions.append(torch.cat([tau_t[key].flatten() for key in tau_t]) / norm[name])
         sources[name] = about["sha256"]
         for key in matrices:
             subspaces[key].append(leading_directions(tau_t[key].flatten(1).to(device if device.type == "cuda" else "cpu"), RANK))

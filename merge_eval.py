@@ -19,6 +19,7 @@ import numpy as np
 import common
 import encoders
 import files
+import linearized
 
 
 def parse_args(argv=None):
@@ -57,7 +58,7 @@ def main(args):
     n = {split: {name: len(task.splits[split].rows) for name, task in tasks.items()} for split in ("val", "test")}
 
     # ------------------------------------------------------------------ validation: lambda = 0 from cached features, then the search
-    evaluator = common.Evaluator(encoder, args, (len(lambdas) - 1) * sum(n["val"].values()) + sum(n["test"].values()))
+    evaluator = linearized.evaluator(encoder, args, (len(lambdas) - 1) * sum(n["val"].values()) + sum(n["test"].values()))
     at_zero = {split: {} for split in ("val", "test")}
     for (name, task), head in zip(tasks.items(), heads):
         features = common.cached_features(folder, task, evaluator)
@@ -86,9 +87,11 @@ def main(args):
                "single_task": single["test"], "seconds": seconds, "images_per_second": images / seconds}
 
     # ------------------------------------------------------------------ results
-    merged = {key: pre + lambdas[best] * total[key] for key, pre in encoders.weights_of(encoder.module).items()}
-    files.save_tensors(folder / args.recipe / "merged.safetensors", encoder.module.state_dict() | merged, theta_pre=encoder.theta_pre,
-                        recipe=args.recipe, tasks=names, best_lambda=lambdas[best])
+    if not common.RECIPES[args.recipe].linear:                             # whose merge is no set of weights for the encoder as it is
+        theta_pre = encoders.weights_of(encoder.module)
+        merged = {key: theta_pre[key] + lambdas[best] * vector for key, vector in total.items()}
+        files.save_tensors(folder / args.recipe / "merged.safetensors", encoder.module.state_dict() | merged, theta_pre=encoder.theta_pre,
+                           recipe=args.recipe, tasks=names, best_lambda=lambdas[best])
     draw(folder / args.recipe / "merge.png", result, f"{args.encoder}, {args.recipe}, {len(names)} tasks")
     files.write_json(path, result)
     print(f"merge_eval: {images} images in {seconds:.1f} s, {images / seconds:.0f} img/s (compiling included)")
@@ -122,7 +125,7 @@ def scale(args, folder, sources, encoder, lambdas):
           f"{args.images_per_task or 'all'} validation and test images per task", flush=True)
 
     # ------------------------------------------------------------------ lambda = 0 and the single tasks, on the same images, once
-    evaluator = common.Evaluator(encoder, args, images)
+    evaluator = linearized.evaluator(encoder, args, images)
     evaluator.use_vectors([vector for vector, _ in loaded.values()])       # on the device from here on
     one = [tuple(float(name == other) for other in names) for name in names]
     at_zero, single = {}, {}

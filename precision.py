@@ -59,16 +59,16 @@ def main(args):
 
     theta_pre = encoders.weights_of(encoder.module)
     rounded = {name: tensor.bfloat16() for name, tensor in theta_pre.items()}
-    steps = {name: (lam * total[name]).bfloat16() for name in theta_pre}   # the sum of two bf16 numbers, rounded once: the cast of their fp32 sum
+    steps = {name: (lam * vector).bfloat16() for name, vector in total.items()}   # the sum of two bf16 numbers, rounded once: the cast of their fp32 sum
     ways = {"fp32": predicted("fp32", args.compile), "bf16": predicted("bf16", "off"),
             "again": predicted("bf16", "on" if common.compile_pays("on", device, encoder, 0)[0] else "off", batch_size=48),
             "added": predicted("bf16", "off", encoder=encoder._replace(module=with_weights(encoder.module, rounded)),
                                vector={name: step.float() for name, step in steps.items()}, lam=1.0)}
 
     # ------------------------------------------------------------------ how much of the step is left in the weights
-    exact = {name: lam * total[name] for name in theta_pre}
-    left = {"bf16": {name: (theta_pre[name] + exact[name]).bfloat16().float() - rounded[name].float() for name in theta_pre},
-            "added": {name: (rounded[name] + steps[name]).float() - rounded[name].float() for name in theta_pre}}
+    exact = {name: lam * vector for name, vector in total.items()}
+    left = {"bf16": {name: (theta_pre[name] + exact[name]).bfloat16().float() - rounded[name].float() for name in exact},
+            "added": {name: (rounded[name] + steps[name]).float() - rounded[name].float() for name in exact}}
     survival = {way: {"relative_error": common.length({name: step[name] - exact[name] for name in exact}) / common.length(exact),
                       "unchanged": sum((step[name] == 0).sum().item() for name in step) / sum(tensor.numel() for tensor in step.values())} for way, step in left.items()}
 

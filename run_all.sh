@@ -29,7 +29,7 @@ while [ $# -gt 0 ]; do
     --overwrite) shared+=("$1"); shift; continue ;;
     --pretrain-steps) pretrain+=("$1" "$2") ;;
     --probe-steps | --probe-lr) probe+=("$1" "$2") ;;
-    --steps | --lr | --batch-size) finetune+=("$1" "$2") ;;
+    --steps | --lr | --batch-size | --save-minutes) finetune+=("$1" "$2") ;;
     --lambdas | --lambda-max) merge+=("$1" "$2") ;;
     --subsets | --images-per-task) subsets+=("$1" "$2") ;;
     --pairs | --points | --limit | --samples) disentangle+=("$1" "$2") ;;
