@@ -693,14 +693,15 @@ class Evaluator:
         return torch.cat([fit(torch.from_numpy(np.ascontiguousarray(split.images[split.rows[i:min(i + 1024, rows.stop)]])).to(self.device),
                               self.encoder) for i in range(rows.start, rows.stop, 1024)])
 
-    def features(self, splits, coefficients=()):
-        """One (N_t, D) tensor per split, in the evaluator's dtype, under one weight setting (default: theta_pre)."""
-        out = [torch.zeros(len(split.rows), width_of(self.encoder), dtype=self.dtype, device=self.device) for split in splits]
+    def features(self, splits, settings=((),)):
+        """One (K, N_t, D) tensor per split, in the evaluator's dtype, under K weight settings (default: theta_pre alone)."""
+        width = width_of(self.encoder)
+        out = [torch.zeros(len(settings), len(split.rows), width, dtype=self.dtype, device=self.device) for split in splits]
 
         def consume(k, t, rows, features):
-            out[t][rows] = features
+            out[t][k, rows] = features
 
-        self.run(splits, [coefficients], consume)
+        self.run(splits, settings, consume)
         if self.world > 1:
             ranks.add_up(out)
         return out
@@ -737,7 +738,7 @@ def cached_features(folder, task, evaluator, overwrite=False):
         except Refused:
             if not overwrite:
                 raise
-    features = dict(zip(task.splits, evaluator.features(list(task.splits.values()))))
+    features = {split: found[0] for split, found in zip(task.splits, evaluator.features(list(task.splits.values())))}
     save_tensors(path, features, **about)
     return features
 
@@ -804,11 +805,11 @@ def figure(width, height, rows=1, columns=1):
     return plt.subplots(rows, columns, figsize=(width, height), layout="constrained")
 
 
-def heat_map(axes, xi, lambdas):
-    """xi (points, points) as in the paper's Figure 1: light where it is small, the box of usual coefficients in red."""
+def heat_map(axes, xi, lambdas, top=2):
+    """xi (points, points) as in the paper's Figure 1: light where it is small, dark at `top`, the box of usual coefficients in red."""
     from matplotlib.patches import Rectangle
     limit, half = lambdas[-1], (lambdas[1] - lambdas[0]) / 2
-    image = axes.imshow(xi.T, origin="lower", extent=(-limit - half, limit + half) * 2, cmap="Blues", vmin=0, vmax=2)
+    image = axes.imshow(xi.T, origin="lower", extent=(-limit - half, limit + half) * 2, cmap="Blues", vmin=0, vmax=top)
     axes.add_patch(Rectangle((-1, -1), 2, 2, fill=False, edgecolor="red", linewidth=1.5))
     return image
 

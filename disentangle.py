@@ -3,15 +3,18 @@ Weight disentanglement: how often adding another task's vector changes a task's 
 
     python disentangle.py vit_b16_dino --pairs cars-dtd,mnist-svhn
     python disentangle.py tiny --pairs all --points 7 --samples 256
+    python disentangle.py tiny --metric representation --points 15 --limit 2
 
 Reads   runs/ENCODER/pretrained.safetensors, heads/ (probe.py), RECIPE/vectors/TASK.safetensors (make_vectors.py)
-Writes  runs/ENCODER/RECIPE/disentangle/A-B.npz and .png, disentangle.json
-Source  arXiv:2511.14569 section 4.1 and Figure 1; xi is the sum of both tasks' terms, in [0, 2]
+Writes  runs/ENCODER/RECIPE/disentangle/A-B.npz and .png, disentangle.json; with --metric representation the same under representation
+Source  arXiv:2511.14569 section 4.1 and Figure 1: xi is the sum of both tasks' terms, in [0, 2]; of representations arXiv:2407.07089
+        section 4: the mean over images of KL(softmax f(x; theta_pre + lambda_t tau_t) || softmax f(x; both)), summed over both tasks
 """
 import itertools
 import time
 
 import numpy as np
+import torch.nn.functional as F
 
 import common
 import encoders
@@ -26,6 +29,7 @@ def parse_args(argv=None):
     parser.add_argument("--points", type=common.positive, default=25, help="values of each lambda; odd, so that 0 is one (default 25)")
     parser.add_argument("--limit", type=common.positive_float, default=3.0, help="lambdas run from -limit to limit (default 3)")
     parser.add_argument("--samples", type=common.positive, default=2048, help="random test images per task (default 2048)")
+    parser.add_argument("--metric", choices=["prediction", "representation"], default="prediction", help="what is compared: predicted classes, or features (default prediction)")
     return parser.parse_args(argv)
 
 
@@ -41,7 +45,8 @@ def main(args):
     vectors = {name: common.load_vector(folder, args.recipe, name, encoder) for name in sorted({name for pair in pairs for name in pair})}
     config = {"encoder": args.encoder, "theta_pre": encoder.theta_pre, "image_size": encoder.size, "recipe": args.recipe,
               "points": args.points, "limit": args.limit, "samples": args.samples, "dtype": str(dtype)[6:], "seed": args.seed}
-    path = folder / args.recipe / "disentangle.json"
+    stem = "disentangle" if args.metric == "prediction" else "representation"
+    path = folder / args.recipe / f"{stem}.json"
     result = files.open_result(path, config, args.overwrite, device)
     done = result.setdefault("pairs", {})
     todo = [(a, b) for a, b in pairs if done.get(f"{a}-{b}", {}).get("vectors") != [vectors[a][1]["sha256"], vectors[b][1]["sha256"]]]
@@ -63,18 +68,18 @@ def main(args):
     single = {}
     for name in used:
         evaluator.use_vectors([vectors[name][0]])
-        [single[name]] = evaluator.predictions([images[name]], [heads[name]], [(lam,) for lam in lambdas])  # (points, N)
+        [single[name]] = outputs(evaluator, args.metric, [images[name]], [heads[name]], [(lam,) for lam in lambdas])  # (points, N) or (points, N, D)
 
     # ------------------------------------------------------------------ every cell of every pair
     for a, b in todo:
         start = time.perf_counter()
         evaluator.use_vectors([vectors[a][0], vectors[b][0]])
-        xi = error_grid(evaluator, [images[a], images[b]], [heads[a], heads[b]], [single[a], single[b]], lambdas)
+        xi = error_grid(evaluator, [images[a], images[b]], [heads[a], heads[b]], [single[a], single[b]], lambdas, args.metric)
         seconds = time.perf_counter() - start
         inside = np.abs(lambdas) <= 1
         name = f"{a}-{b}"
-        files.save_arrays(folder / args.recipe / "disentangle" / f"{name}.npz", xi=xi, lambdas=lambdas)
-        draw(folder / args.recipe / "disentangle" / f"{name}.png", xi, lambdas, a, b, f"{args.encoder}, {args.recipe}")
+        files.save_arrays(folder / args.recipe / stem / f"{name}.npz", xi=xi, lambdas=lambdas)
+        draw(folder / args.recipe / stem / f"{name}.png", xi, lambdas, a, b, f"{args.encoder}, {args.recipe}", args.metric)
         with files.adding_rows(path, result, "pairs", args.overwrite):
             done[name] = {"limit": args.limit, "points": args.points, "samples": [len(images[a].rows), len(images[b].rows)],
                           "mean_xi_in_box": float(xi[np.ix_(inside, inside)].mean()), "xi_at_origin": float(xi[args.points // 2, args.points // 2]),
@@ -112,32 +117,54 @@ def disentanglement_error(single, merged):
     return (single != merged).sum().item() / single.numel()
 
 
-def error_grid(evaluator, images, heads, single, lambdas):
+def representation_error(single, merged):
+    """Mean over images of KL(softmax(single) || softmax(merged)): one task's term for --metric representation.
+
+    single   (N, D)   features of theta_pre + lambda_t tau_t
+    merged   (N, D)   features of theta_pre + lambda_1 tau_1 + lambda_2 tau_2, same images, same order
+    Returns  float, at least 0, in nats
+    Errors   ValueError if N is 0 or the shapes differ
+    Source   arXiv:2407.07089 equation 2, with its order of arguments
+    """
+    if single.shape != merged.shape or single.numel() == 0:
+        raise ValueError(f"features of shapes {tuple(single.shape)} and {tuple(merged.shape)}")
+    return F.kl_div(merged.float().log_softmax(1), single.float().log_softmax(1), reduction="batchmean", log_target=True).item()
+
+
+ERRORS = {"prediction": disentanglement_error, "representation": representation_error}
+
+
+def outputs(evaluator, metric, splits, heads, settings):
+    """What the metric compares, for each split: predictions (K, N) or features (K, N, D)."""
+    return evaluator.predictions(splits, heads, settings) if metric == "prediction" else evaluator.features(splits, settings)
+
+
+def error_grid(evaluator, images, heads, single, lambdas, metric="prediction"):
     """xi (points, points), rows lambda_1 and columns lambda_2.
 
     Where the other task's lambda is 0 the merged encoder is the single-task one, so that term is 0 and is not evaluated.
     """
-    points = len(lambdas)
-    cells = list(itertools.product(range(points), range(points)))
-    needed = [[cell for cell in cells if lambdas[cell[1 - t]] != 0] for t in (0, 1)]
-    both = [cell for cell in needed[0] if cell in set(needed[1])]
-    merged = {}
-    for t, group in [((0, 1), both), ((0,), [c for c in needed[0] if c not in set(both)]), ((1,), [c for c in needed[1] if c not in set(both)])]:
-        predicted = evaluator.predictions([images[i] for i in t], [heads[i] for i in t], [(lambdas[r], lambdas[c]) for r, c in group])
-        merged |= {(i, cell): row for i, rows in zip(t, predicted) for cell, row in zip(group, rows)}
-    xi = np.zeros((points, points))
-    for t in (0, 1):
-        for cell in needed[t]:
-            xi[cell] += disentanglement_error(single[t][cell[t]], merged[t, cell])
+    xi = np.zeros((len(lambdas), len(lambdas)))
+    for row, first in enumerate(lambdas):                                  # a row at a time bounds the memory that features take
+        columns = [column for column, second in enumerate(lambdas) if second != 0]
+        both = [0, 1] if first != 0 else [0]                               # in the row of lambda_1 = 0 task 2's term is 0
+        merged = outputs(evaluator, metric, [images[t] for t in both], [heads[t] for t in both], [(first, lambdas[column]) for column in columns])
+        for t, found in zip(both, merged):
+            for index, column in enumerate(columns):
+                xi[row, column] += ERRORS[metric](single[t][(row, column)[t]], found[index])
+        if first != 0:                                                     # in the column of lambda_2 = 0 task 1's term is 0
+            zero = len(lambdas) // 2
+            [found] = outputs(evaluator, metric, [images[1]], [heads[1]], [(first, 0.0)])
+            xi[row, zero] += ERRORS[metric](single[1][zero], found[0])
     return xi
 
 
-def draw(path, xi, lambdas, a, b, title):
+def draw(path, xi, lambdas, a, b, title, metric):
     fig, axes = common.figure(4.6, 4.0)
-    image = common.heat_map(axes, xi, lambdas)
+    image = common.heat_map(axes, xi, lambdas, 2 if metric == "prediction" else xi.max())
     axes.set(xlabel=f"lambda of {a}", ylabel=f"lambda of {b}")
     axes.set_title(title, loc="left", fontsize=8)
-    fig.colorbar(image, ax=axes, label="disentanglement error xi, 0 to 2")
+    fig.colorbar(image, ax=axes, label="disentanglement error xi, 0 to 2" if metric == "prediction" else "KL divergence of representations, nats")
     common.save_figure(path, fig)
 
 

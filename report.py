@@ -6,7 +6,7 @@ Every table and figure over everything in runs/, ours beside the published numbe
 
 Reads   runs/*/probe.json, runs/*/RECIPE/*.json, the heat maps' A-B.npz
 Writes  runs/report/report.md, report.html (one self-contained page), *.png
-Source  arXiv:2511.14569 Tables 1, 3, 4 and Figures 1 to 9
+Source  arXiv:2511.14569 Tables 1, 3, 4 and Figures 1 to 9; arXiv:2407.07089 Tables 2, 4, 5 and Figures 3, 5, 6, 8, 9, 10
 """
 import base64
 import html
@@ -39,6 +39,13 @@ PAPER = {
 }
 WHAT_MAKES = {"finetune.json": "finetune.py", "vectors.json": "make_vectors.py", "merge.json": "merge_eval.py",
               "disentangle.json": "disentangle.py", "scaling.json": "merge_eval.py --subsets 5"}
+SECOND_PAPER = ["attention", "attention-bias", "attention-mlp", "attention-mlp-bias", "linearized"]
+MORE = {"posthoc.json": "posthoc.py", "representation.json": "disentangle.py --metric representation"}  # for recipes of the second paper
+PAPER_2 = [  # arXiv:2407.07089 Tables 2 and 5: eight tasks, zero-shot heads, percent: encoder, what trains, single task, addition, normalized
+    ("CLIP ViT-B/32", "all (as aligned)", None, 70.0, 77.04), ("CLIP ViT-B/32", "linearized", None, 76.26, 85.82), ("CLIP ViT-B/32", "attention", 89.55, 78.37, 87.42),
+    ("CLIP ViT-B/32", "attention-bias", 89.48, 77.71, 86.79), ("CLIP ViT-B/32", "attention-mlp", 88.95, 76.52, 86.11), ("CLIP ViT-B/32", "attention-mlp-bias", 89.43, 77.8, 86.93),
+    ("CLIP ViT-B/16", "all (as aligned)", None, 74.75, 80.59), ("CLIP ViT-B/16", "linearized", None, 79.01, 86.32), ("CLIP ViT-B/16", "attention", None, 80.44, 87.25),
+    ("CLIP ViT-L/14", "all (as aligned)", None, 84.4, 89.47), ("CLIP ViT-L/14", "linearized", None, 85.53, 91.44), ("CLIP ViT-L/14", "attention", None, 87.91, 93.66)]
 COMPARISONS = [("data size", "vit_b16_sup_in1k", "vit_b16_sup_in21k"), ("data size", "vit_b16_clip_laion400m", "vit_b16_clip_laion2b"),
                ("model scale", "vit_b16_sup_in21k", "vit_l16_sup_in21k"), ("model scale", "vit_b16_clip_laion2b", "vit_l14_clip_laion2b")]
 
@@ -58,7 +65,7 @@ def main(args):
         probes[probe["encoder"]], folders[probe["encoder"]] = probe, path.parent
         for recipe in common.RECIPES:
             results = {name: files.read_json(path.parent / recipe / name, f"python {script} {probe['encoder']} --recipe {recipe}")
-                       for name, script in WHAT_MAKES.items() if (path.parent / recipe / name).exists()}
+                       for name, script in (WHAT_MAKES | MORE).items() if (path.parent / recipe / name).exists()}
             if results:
                 found[probe["encoder"], recipe] = results
     if not probes:
@@ -115,15 +122,19 @@ def main(args):
                  if pair in results.get("disentangle.json", {"pairs": {}})["pairs"]}
         grids = {key: path for key, path in grids.items() if path.exists()}
         if len(grids) > 1:
-            pictures.append((draw_panels(out / f"disentangle-{pair}.png", pair, grids), f"Disentanglement error of {pair}, one colour scale."))
+            pictures.append((draw_panels(out / f"disentangle-{pair}.png", pair, grids, 2), f"Disentanglement error of {pair}, one colour scale."))
         for what, *compared in COMPARISONS:
             chosen = {key: path for key, path in grids.items() if key[0] in compared and key[1] == "aligned"}
             if len(chosen) == 2:
-                pictures.append((draw_panels(out / f"disentangle-{pair}-{'-'.join(compared)}.png", pair, chosen), f"The same, {what}: {' and '.join(compared)}."))
+                pictures.append((draw_panels(out / f"disentangle-{pair}-{'-'.join(compared)}.png", pair, chosen, 2), f"The same, {what}: {' and '.join(compared)}."))
     if pictures:
         blocks.append(("heading2", "All encoders and recipes together"))
         for path, caption in pictures:
             blocks += [("picture", path), ("text", caption)]
+
+    # ------------------------------------------------------------------ which parameters train (arXiv:2407.07089)
+    if any(is_second(recipe) for _, recipe in found):
+        blocks += second_paper(found, merges, folders, out)
 
     # ------------------------------------------------------------------ cost of two stages against full fine-tuning
     rows = [cost_row(encoder, recipe, results["finetune.json"], probes[encoder]) for (encoder, recipe), results in found.items()
@@ -131,7 +142,7 @@ def main(args):
     if rows:
         blocks += [("heading2", "Cost"), ("text", "Aligned counts probing too: features of every image once, the search, then the heads. A learning-rate search trains one task at six rates; "
                                                   "the picked rate's run is that task's own training and counts there. Seconds are those of the machines named below."),
-                   ("table", ["encoder", "recipe", "tasks", "probing, s", "learning-rate search, s", "fine-tuning, s", "images trained on", "parameters trained per task"], rows)]
+                   ("table", ["encoder", "recipe", "tasks", "probing, s", "learning-rate search, s", "fine-tuning, s", "images trained on", "parameters trained per task", "s per step", "peak memory, MiB"], rows)]
 
     # ------------------------------------------------------------------ one section for each encoder and recipe
     for (encoder, recipe), results in found.items():
@@ -139,8 +150,9 @@ def main(args):
 
     # ------------------------------------------------------------------ what is missing
     missing = [[encoder, recipe, command(script, recipe, probe)] for encoder, probe in probes.items() for recipe in common.RECIPES
-               if common.RECIPES[recipe].head != "text" or encoder in text_heads.TEXT_TOWERS or encoder.startswith("open_clip:")
-               for name, script in WHAT_MAKES.items() if name not in found.get((encoder, recipe), {})]
+               if (encoder, recipe) in found or recipe in PAPER and (common.RECIPES[recipe].head != "text" or encoder in text_heads.TEXT_TOWERS or encoder.startswith("open_clip:"))
+               for name, script in (WHAT_MAKES | (MORE if is_second(recipe) else {})).items()
+               if name not in found.get((encoder, recipe), {}) and not (name == "posthoc.json" and common.RECIPES[recipe].linear)]
     if missing:
         blocks += [("heading2", "Not there yet"), ("table", ["encoder", "recipe", "the command that makes it"], missing)]
 
@@ -203,7 +215,8 @@ def cost_row(encoder, recipe, finetune, probe):
     searching = [seconds for lr, seconds in finetune.get("search", {}).get("seconds", {}).items() if float(lr) != finetune["lr"]]
     return [encoder, recipe, len(rows), f"{probing:.0f}" if common.RECIPES[recipe].head == "probed" else "", f"{sum(searching):.0f}" if searching else "",
             f"{sum(row['seconds'] for row in rows.values()):.0f}",
-            len(rows) * config["steps"] * config["batch_size"], f"{max(row['trainable_params'] for row in rows.values()):,}"]
+            len(rows) * config["steps"] * config["batch_size"], f"{max(row['trainable_params'] for row in rows.values()):,}",
+            f"{sum(row['seconds'] for row in rows.values()) / len(rows) / config['steps']:.3f}", f"{max(row['peak_memory_bytes'] for row in rows.values()) / 2 ** 20:.0f}"]
 
 
 def section(folder, probe, results):
@@ -233,7 +246,7 @@ def section(folder, probe, results):
         rows = [[pair, f"{grid['points']} x {grid['points']} on [-{grid['limit']:g}, {grid['limit']:g}]", " + ".join(map(str, grid["samples"])), f"{grid['mean_xi_in_box']:.3f}",
                  f"{grid['xi_at_origin']:g}", f"{grid['max_xi']:.2f}"] for pair, grid in results["disentangle.json"]["pairs"].items()]
         blocks.append(("table", ["pair", "grid", "images", "mean xi in [-1, 1]^2", "xi at the origin", "largest xi"], rows))
-    pictures = [folder / "merge.png", folder / "scaling.png", *sorted((folder / "disentangle").glob("*.png")), folder / "vectors.png", folder / "overlap.png", folder / "overlap_layers.png"]
+    pictures = [folder / "merge.png", folder / "scaling.png", *sorted((folder / "disentangle").glob("*.png")), *sorted((folder / "representation").glob("*.png")), folder / "vectors.png", folder / "overlap.png", folder / "overlap_layers.png"]
     return blocks + [("picture", path) for path in pictures if path.exists()]
 
 
@@ -272,6 +285,65 @@ def pair_similarity(scaling, vectors):
             for row in scaling["subsets"] if len(row["tasks"]) == 2 and set(row["tasks"]) <= set(place)]
 
 
+def is_second(recipe):
+    """Whether a recipe is one of arXiv:2407.07089's, with any head."""
+    return recipe.removesuffix("-zeroshot").removesuffix("-random") in SECOND_PAPER
+
+
+def second_paper(found, merges, folders, out):
+    """Blocks: accuracies by what trains, non-linear advantage, post-hoc linearization, disentanglement of representations, cosines."""
+    rows = [[encoder, recipe, len(merge["config"]["tasks"]), sum(merge["test"]["n"].values()), percent(common.mean(merge["single_task"].values())),
+             percent(merge["test"]["absolute"]), percent(merge["test"]["normalized"]), f"{merge['best_lambda']:g}"]
+            for (encoder, recipe), merge in merges.items() if is_second(recipe) or recipe in ("aligned", "zeroshot", "full")]
+    rows += [[f"paper, {encoder}, zero-shot head", trained, 8, "", "" if single is None else f"{single:.1f}", f"{absolute:.1f}", f"{normalized:.1f}", ""]
+             for encoder, trained, single, absolute, normalized in PAPER_2]
+    blocks = [("heading2", "Which parameters train, and linearization (arXiv:2407.07089 Tables 2 and 5)"),
+              ("table", ["encoder", "recipe", "tasks", "n", "single task", "addition", "normalized", "lambda"], rows)]
+    tuned = {key: results["finetune.json"]["tasks"] for key, results in found.items() if results.get("finetune.json", {}).get("tasks")}
+    points = {(encoder, recipe): [(tuned[encoder, base][name]["test"], row["test"]) for name, row in rows.items() if name in tuned[encoder, base]]
+              for (encoder, recipe), rows in tuned.items() if is_second(recipe) for base in [base_recipe(recipe)] if (encoder, base) in tuned}
+    if points:
+        blocks += [("picture", draw_diagonal(out / "advantage.png", points, "single-task accuracy, all parameters", "single-task accuracy, the recipe")),
+                   ("text", "Non-linear advantage: how far below the diagonal a recipe's single-task accuracy lies, a dot per task.")]
+    posthoc = {key: [(row["nonlinear"], row["linearized"]) for row in results["posthoc.json"]["tasks"].values()] for key, results in found.items() if "posthoc.json" in results}
+    if posthoc:
+        blocks += [("picture", draw_diagonal(out / "posthoc.png", posthoc, "accuracy, fine-tuned", "accuracy of its linearization")),
+                   ("text", "Kernel-behaviour test: the fine-tuned encoder against its own linearization at theta_pre, a dot per task; on the diagonal fine-tuning stayed in the kernel regime."),
+                   ("table", ["encoder", "recipe", "tasks", "n", "fine-tuned", "linearized after the fact"],
+                    [[encoder, recipe, len(rows), sum(row["n"] for row in rows.values()), *[percent(common.mean(row[kind] for row in rows.values())) for kind in ("nonlinear", "linearized")]]
+                     for (encoder, recipe), rows in ((key, found[key]["posthoc.json"]["tasks"]) for key in posthoc)])]
+    there = {key: results["representation.json"]["pairs"] for key, results in found.items() if "representation.json" in results}
+    for pair in sorted({pair for pairs in there.values() for pair in pairs}):
+        grids = {key: folders[key[0]] / key[1] / "representation" / f"{pair}.npz" for key, pairs in there.items() if pair in pairs}
+        grids = {key: path for key, path in grids.items() if path.exists()}
+        if len(grids) > 1:
+            top = max(there[key][pair]["max_xi"] for key in grids)
+            blocks += [("picture", draw_panels(out / f"representation-{pair}.png", pair, grids, top)),
+                       ("text", f"Disentanglement of representations, {pair}: KL divergence in nats, one colour scale.")]
+    cosines = {key: results["vectors.json"] for key, results in found.items() if "vectors.json" in results}
+    blocks += [("table", ["encoder", "recipe", "mean cosine of two tasks", "largest"],
+                [[encoder, recipe, f"{common.mean(off):.3f}", f"{max(off):.3f}"] for (encoder, recipe), vectors in cosines.items()
+                 for off in [[vectors["cosine"][i][j] for i in range(len(vectors["tasks"])) for j in range(i)]] if off])]
+    return blocks
+
+
+def base_recipe(recipe):
+    """The recipe of the first paper with the same head: all parameters train."""
+    return "zeroshot" if recipe.endswith("-zeroshot") else "full" if recipe.endswith("-random") else "aligned"
+
+
+def draw_diagonal(path, points, xlabel, ylabel):
+    """A dot per task for each encoder and recipe, with the diagonal."""
+    fig, axes = common.figure(5.4, 4.8)
+    for (encoder, recipe), pairs in points.items():
+        axes.plot(*zip(*pairs), "o", alpha=0.6, label=f"{encoder}, {recipe}")
+    axes.plot([0, 1], [0, 1], "--", color="grey", linewidth=0.8)
+    axes.set(xlabel=xlabel, ylabel=ylabel, xlim=(0, 1), ylim=(0, 1))
+    fig.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncol=2)
+    common.save_figure(path, fig)
+    return path
+
+
 def draw_similarity(path, similarity):
     fig, axes = common.figure(6.4, 4.4)
     for (encoder, recipe), points in similarity.items():
@@ -283,8 +355,8 @@ def draw_similarity(path, similarity):
     return path
 
 
-def draw_panels(path, pair, grids):
-    """The same pair's heat map for every encoder and recipe, on one colour scale."""
+def draw_panels(path, pair, grids, top):
+    """The same pair's heat map for every encoder and recipe, on one colour scale from 0 to `top`."""
     columns = min(4, len(grids))
     rows = -(-len(grids) // columns)
     fig, panels = common.figure(3.2 * columns + 0.8, 3.4 * rows, rows, columns)
@@ -292,7 +364,7 @@ def draw_panels(path, pair, grids):
         axes.set_axis_off()
     for axes, ((encoder, recipe), grid) in zip(panels.flat, grids.items()):
         with np.load(grid, allow_pickle=False) as arrays:
-            image = common.heat_map(axes, arrays["xi"], arrays["lambdas"])
+            image = common.heat_map(axes, arrays["xi"], arrays["lambdas"], top)
         axes.set_title(f"{encoder.removeprefix('timm:')}\n{recipe}", fontsize=8)
     fig.colorbar(image, ax=panels, label=f"xi of {pair}")
     common.save_figure(path, fig)

@@ -4,6 +4,7 @@
 #   bash run_all.sh                                   # tiny: offline, generated images, minutes on two CPU cores
 #   bash run_all.sh vit_b16_dino                      # the paper's eight tasks at 224 pixels (a GPU is advisable)
 #   bash run_all.sh vit_b16_dino --everything         # also recipe full (for CLIP zeroshot too) and subsets of the tasks
+#   bash run_all.sh vit_b16_dino --attention          # also recipes attention*, linearized, and the tests of arXiv:2407.07089
 #   bash run_all.sh timm:NAME --weights FILE --data DIR --tasks a,b,c --image-size 128 --steps 300
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -18,14 +19,15 @@ for word in "$@"; do
   if [[ $word == --*=* ]]; then words+=("${word%%=*}" "${word#*=}"); else words+=("$word"); fi
 done
 set -- ${words[@]+"${words[@]}"}
-shared=() report=() pretrain=() probe=() finetune=() merge=() disentangle=() subsets=() aligned=() everything=no
+shared=() report=() pretrain=() probe=() finetune=() merge=() disentangle=() subsets=() aligned=() everything=no attention=no
 while [ $# -gt 0 ]; do
   case $1 in
-    --everything | --overwrite) ;;
+    --everything | --attention | --overwrite) ;;
     *) if [ $# -lt 2 ]; then echo "run_all.sh: $1 needs a value" >&2; exit 2; fi ;;
   esac
   case $1 in
     --everything) everything=yes; shift; continue ;;
+    --attention) attention=yes; shift; continue ;;
     --overwrite) shared+=("$1"); shift; continue ;;
     --pretrain-steps) pretrain+=("$1" "$2") ;;
     --probe-steps | --probe-lr) probe+=("$1" "$2") ;;
@@ -46,6 +48,7 @@ if [ $everything = yes ]; then
   case $encoder in open_clip:* | vit_*_clip_*) recipes+=(zeroshot zeroshot-full) ;; esac
   subsets=(--subsets 5 ${subsets[@]+"${subsets[@]}"})
 fi
+if [ $attention = yes ]; then recipes+=(attention attention-bias attention-mlp attention-mlp-bias linearized); fi
 if [ "$encoder" = tiny ]; then  # sized for two CPU cores; what is given on the command line comes later and wins
   finetune=(--steps 120 --batch-size 64 ${finetune[@]+"${finetune[@]}"})
   aligned=(--lr 5e-4)  # saves the default study a search; the other recipes make theirs
@@ -61,6 +64,10 @@ for recipe in "${recipes[@]}"; do
   python make_vectors.py "${stage[@]}"
   python merge_eval.py "${stage[@]}" ${merge[@]+"${merge[@]}"}
   python disentangle.py "${stage[@]}" ${disentangle[@]+"${disentangle[@]}"}
+  if [ $attention = yes ]; then
+    python disentangle.py "${stage[@]}" ${disentangle[@]+"${disentangle[@]}"} --metric representation
+    if [ "$recipe" != linearized ]; then python posthoc.py "${stage[@]}"; fi
+  fi
   if [ ${#subsets[@]} -gt 0 ]; then python merge_eval.py "${stage[@]}" ${merge[@]+"${merge[@]}"} "${subsets[@]}"; fi
 done
 python report.py ${report[@]+"${report[@]}"}

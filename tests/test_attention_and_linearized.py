@@ -96,6 +96,31 @@ def test_one_pass_gives_the_counts_of_each_lambda_on_its_own(small_encoder, line
     assert len(set(at_once[0])) > 1
 
 
+def test_representation_error_is_the_mean_kl_divergence_of_the_single_from_the_merged():
+    import disentangle
+    single, merged = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))
+    by_hand = np.mean([sum(p * (p.log() - q.log())) for p, q in zip(single.softmax(1), merged.softmax(1))])
+    assert disentangle.representation_error(single, merged) == pytest.approx(by_hand, rel=1e-5) != disentangle.representation_error(merged, single)
+    assert disentangle.representation_error(single, single) == 0
+    with pytest.raises(ValueError):
+        disentangle.representation_error(single, merged[:3])
+
+
+def test_the_grid_of_representations_agrees_with_a_loop_over_its_cells(small_encoder, args):
+    import disentangle
+    images, vectors, lambdas = [random_split(40, 4, seed) for seed in (0, 1)], [random_vector(small_encoder, seed, 0.2) for seed in (2, 3)], np.linspace(-1, 1, 3)
+    evaluator = common.Evaluator(small_encoder, args, 0)
+    evaluator.use_vectors(vectors)
+    single = [evaluator.features([images[t]], [tuple(lam * (t == own) for own in (0, 1)) for lam in lambdas])[0] for t in (0, 1)]
+    xi = disentangle.error_grid(evaluator, images, [None, None], single, lambdas, "representation")
+    for row, first in enumerate(lambdas):
+        for column, second in enumerate(lambdas):
+            merged = [evaluator.features([split], [(first, second)])[0][0] for split in images]
+            terms = [disentangle.representation_error(single[0][row], merged[0]), disentangle.representation_error(single[1][column], merged[1])]
+            assert xi[row, column] == pytest.approx(sum(terms), abs=1e-6)
+    assert xi[1, 1] == 0 and xi.max() > 0.01
+
+
 @pytest.mark.parametrize("recipe, wanted", [
     ("attention", r"blocks\.\d+\.attn\.(qkv|proj)\.weight"), ("attention-bias", r"blocks\.\d+\.attn\.(qkv|proj)\.(weight|bias)"),
     ("attention-mlp", r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])\.weight"), ("attention-mlp-bias", r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)")])
@@ -120,7 +145,15 @@ def test_attention_and_linearized_go_through_every_stage(study, tmp_path):
         run("finetune", *shared, "--steps", "6", "--batch-size", "32", "--lr", "1e-3")
         run("make_vectors", *shared)
         run("merge_eval", *shared, "--lambdas", "5")
-        run("disentangle", *shared, "--points", "3", "--samples", "40")
+        for metric in ("prediction", "representation"):
+            run("disentangle", *shared, "--points", "3", "--samples", "40", "--metric", metric)
+    run("posthoc", *shared[:-1], "attention", "--images-per-task", "100")
+    with pytest.raises(files.Refused, match="linear already"):
+        run("posthoc", *shared)
+    run("report", "--runs", runs)
+    report = (runs / "report/report.md").read_text()
+    assert report.count("representation-glyphs-signs.png") == 1 and "advantage.png" in report and "posthoc.png" in report
+    assert "| tiny | attention | 2 | 200 |" in report and "python posthoc.py" in report
     tuned, _ = files.load_tensors(runs / "tiny/attention/finetuned/glyphs.safetensors", "")
     assert tuned and all(re.search(common.ATTENTION, name) and not torch.equal(tensor, pre[name]) for name, tensor in tuned.items())
     merged, _ = files.load_tensors(runs / "tiny/attention/merged.safetensors", "")
