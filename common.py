@@ -33,7 +33,8 @@ from tqdm import tqdm
 import ranks
 import tiny
 from encoders import ENCODERS, weights_of, width_of
-from files import Refused, file_metadata, fingerprint, flag_parser, go_offline_if_unreachable, load_tensors, replacing, save_tensors
+from files import (Refused, block_checksums, checksum, file_metadata, fingerprint, flag_parser, go_offline_if_unreachable, load_tensors, make_room,
+                   replacing, save_tensors)
 
 # ---------------------------------------------------------------------------------------------- flags and devices
 
@@ -257,10 +258,13 @@ def load_task(name, source, encoder, args):
     redo = f"delete {folder} and run the same command again"
     try:
         about = json.loads((folder / "about.json").read_text())
+        sound = about.pop("checksum", None) == checksum(about) and all(block_checksums(folder / file) == sums for file, sums in about["blocks"].items())
         arrays = {key: np.load(folder / f"{key}.npy", mmap_mode="r" if "images" in key else None)
                   for key in ("train_images", "train_labels", "test_images", "test_labels")}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError) as error:
         raise Refused(f"image cache {folder} cannot be read ({error}): {redo}") from error
+    if not sound:
+        raise Refused(f"image cache {folder} does not match its own checksums: {redo}")
     for key, array in arrays.items():
         if list(array.shape) != about["shapes"][key]:
             raise Refused(f"image cache {folder}/{key}.npy has shape {array.shape}, not {about['shapes'][key]}: {redo}")
@@ -306,9 +310,7 @@ def build_image_cache(folder, name, source, side, seed):
         encoded, labels, classes = read_dataset(name, source)
         native = one_small_square_size(encoded, side)
         n_images = sum(map(len, encoded.values()))
-        need, free = n_images * 3 * (native or side) ** 2, shutil.disk_usage(existing_parent(folder)).free
-        if need > free:
-            raise Refused(f"task {name}: its image cache needs {need / 1e9:.1f} GB, {folder.parent} has {free / 1e9:.1f} GB free")
+        make_room(folder.parent, n_images * 3 * (native or side) ** 2, f"decoded images of task {name}")
     digest, shapes = hashlib.sha256(), {}
     with replacing(folder) as temporary:
         temporary.mkdir()
@@ -326,14 +328,9 @@ def build_image_cache(folder, name, source, side, seed):
             digest.update(np.ascontiguousarray(targets).data)
             shapes |= {f"{split}_images": list(pixels.shape), f"{split}_labels": list(targets.shape)}
         about = {"task": name, "source": describe_source(source, seed), "side": shapes["train_images"][-1], "classes": classes,
-                 "shapes": shapes, "sha256": digest.hexdigest()}
+                 "shapes": shapes, "sha256": digest.hexdigest(), "blocks": {path.name: block_checksums(path) for path in sorted(temporary.glob("*.npy"))}}
+        about |= {"checksum": checksum(about)}
         (temporary / "about.json").write_text(json.dumps(about, indent=1) + "\n")
-
-
-def existing_parent(path):
-    while not path.exists():
-        path = path.absolute().parent
-    return path
 
 
 def read_dataset(name, source):

@@ -18,6 +18,7 @@ import shlex
 import shutil
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,46 @@ def fingerprint(tensors):
     return digest.hexdigest()
 
 
+def checksum(values):
+    """SHA-256 (hex) of JSON values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def block_checksums(path, block=2 ** 26):
+    """SHA-256 (hex) of every 64 MiB of a file, all processor cores at work."""
+    def digest(start):
+        with open(path, "rb") as file:
+            file.seek(start)
+            return hashlib.sha256(file.read(block)).hexdigest()
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(digest, range(0, path.stat().st_size, block)))
+
+
+def make_room(folder, need, what):
+    """Say what a stage is about to write under `folder` (bytes) and what is free there; Refused where it does not fit."""
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    print(f"disk: up to {need / 1e9:.2f} GB of {what} under {folder}, {free / 1e9:.0f} GB free", flush=True)
+    if need > free:
+        raise Refused(f"{what} need {need / 1e9:.2f} GB under {folder}, which has {free / 1e9:.2f} GB free")
+
+
+def check_memory(device, need, what):
+    """Refused where `what` needs more bytes than the device, or this machine, has left; said where it fits."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif Path("/proc/meminfo").exists():
+        free = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
+    else:
+        return
+    print(f"memory: {what} need {need / 1e9:.2f} GB and their activations, {free / 1e9:.0f} GB free", flush=True)
+    if need > free:
+        raise Refused(f"{what} need {need / 1e9:.2f} GB, {device} has {free / 1e9:.2f} GB free: leave out the largest tasks, or give another --device")
+
+
 def save_tensors(path, tensors, from_any_rank=False, **metadata):
     """Write a dict of tensors as safetensors, whole or not at all; metadata is JSON, with the contents' SHA-256 added.
 
@@ -113,7 +154,8 @@ def save_tensors(path, tensors, from_any_rank=False, **metadata):
     if ranks.rank() > 0 and not from_any_rank:
         return
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    about = json.dumps(metadata | {"sha256": fingerprint(tensors)}, sort_keys=True)
+    about = metadata | {"sha256": fingerprint(tensors)}
+    about = json.dumps(about | {"checksum": checksum(about)}, sort_keys=True)
     with replacing(path) as temporary:
         save_file(tensors, temporary, {"about": about})  # one entry: their order would differ from file to file
 
@@ -129,9 +171,12 @@ def opened(path, made_by):
 
 
 def file_metadata(path, made_by):
-    """The metadata of a file of save_tensors, its tensors unread and unchecked."""
+    """The metadata of a file of save_tensors, checked; its tensors unread and unchecked."""
     with opened(path, made_by) as file:
-        return json.loads((file.metadata() or {}).get("about", "{}"))
+        about = json.loads((file.metadata() or {}).get("about", "{}"))
+    if about.pop("checksum", None) != checksum(about):
+        raise Refused(f'{path} does not match its own checksum: delete it and run "{made_by}" again')
+    return about
 
 
 def require(path, made_by):
@@ -182,11 +227,11 @@ def save_arrays(path, **arrays):
 
 
 def write_json(path, result):
-    """Write a result (rank 0)."""
+    """Write a result with a checksum of itself (rank 0)."""
     if ranks.rank() > 0:
         return
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+        temporary.write_text(json.dumps(result | {"checksum": checksum(result)}, indent=1, allow_nan=False) + "\n")
 
 
 @contextlib.contextmanager
@@ -214,6 +259,8 @@ def read_json(path, made_by):
         raise Refused(f'{path} is not valid JSON ({error}): delete it and run "{made_by}" again') from error
     if not isinstance(result, dict) or not isinstance(result.get("config"), dict) or not isinstance(result.get("command"), str):
         raise Refused(f'{path} is no result of this study: delete it and run "{made_by}" again')
+    if result.pop("checksum", None) != checksum(result):
+        raise Refused(f'{path} is not as it was written (its checksum differs; edited by hand, or damaged): delete it and run "{made_by}" again')
     return result
 
 

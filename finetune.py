@@ -63,6 +63,10 @@ def main(args):
     if not todo:
         print(f"finetune: {path} has all {len(sources)} tasks, nothing to do (--overwrite to redo)")
         return
+    size = sum(tensor.numel() * 4 for tensor in encoders.weights_of(encoder.module).values())
+    files.make_room(folder, (len(todo) + 3) * size, f"fine-tuned encoders ({len(todo)} of {size / 1e6:.0f} MB, and a training state)")
+    largest = max(tasks[name].splits["train"].images[:1].nbytes * len(tasks[name].splits["train"].rows) for name in {*todo, search})
+    files.check_memory(device, 5 * size + largest, "weights, gradients, AdamW's moments, theta_pre and the images of the largest task")
     tower = text_heads.text_tower(args, encoder) if recipe.head == "text" else None
     heads = {name: first_head(recipe, folder, task, encoder, tower, device, args) for name, task in tasks.items()}
     del tower

@@ -39,6 +39,7 @@ def main(args):
     theta_pre = encoders.weights_of(encoder.module)
 
     # ------------------------------------------------------------------ tau_t, one task at a time
+    files.make_room(recipe_folder, sum((recipe_folder / "finetuned" / f"{name}.safetensors").stat().st_size for name in names), "task vectors")
     norm, relative_norm, layers, directions, sources = {}, {}, {}, [], {}
     changed = [key for key in theta_pre if re.search(common.RECIPES[args.recipe].trained, key)]
     matrices = [key for key in changed if theta_pre[key].ndim >= 2 and min(theta_pre[key].flatten(1).shape) >= 2 * RANK]

@@ -47,6 +47,7 @@ def main(args):
         return
     images = sum(len(split.rows) for name in todo for split in tasks[name].splits.values())
     evaluator = common.Evaluator(encoder, args, images)
+    files.make_room(folder, images * encoders.width_of(encoder) * evaluator.dtype.itemsize, "features")
 
     # ------------------------------------------------------------------ learning rate, on one task's validation split
     if "lr" not in result:

@@ -12,6 +12,7 @@ import base64
 import html
 import os
 import shlex
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -363,8 +364,12 @@ def draw_panels(path, pair, grids, top):
     for axes in panels.flat[len(grids):]:
         axes.set_axis_off()
     for axes, ((encoder, recipe), grid) in zip(panels.flat, grids.items()):
-        with np.load(grid, allow_pickle=False) as arrays:
-            image = common.heat_map(axes, arrays["xi"], arrays["lambdas"], top)
+        try:
+            with np.load(grid, allow_pickle=False) as arrays:
+                xi, lambdas = arrays["xi"], arrays["lambdas"]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise files.Refused(f'{grid} cannot be read ({error}): delete it and run "python disentangle.py {encoder} --recipe {recipe} --overwrite" again') from error
+        image = common.heat_map(axes, xi, lambdas, top)
         axes.set_title(f"{encoder.removeprefix('timm:')}\n{recipe}", fontsize=8)
     fig.colorbar(image, ax=panels, label=f"xi of {pair}")
     common.save_figure(path, fig)

@@ -1,9 +1,13 @@
 """One small study on `tiny`, made by the real run_all.sh, shared by all tests that need results."""
+import importlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -18,6 +22,35 @@ def stage(*words, env=None):
     return subprocess.run([str(word) for word in words], cwd=ROOT, env=env or os.environ, capture_output=True, text=True)
 
 
+TIMM = "timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+STAGES = {  # the settings of conftest.SMALL, stage by stage
+    "probe": ["--probe-steps", "300"], "finetune": ["--steps", "20", "--batch-size", "32", "--lr", "5e-4"], "make_vectors": [], "merge_eval": [],
+    "disentangle": ["--points", "5", "--samples", "100"],
+}
+RESULT = {"probe": "tiny/probe.json", "finetune": "tiny/aligned/finetune.json", "make_vectors": "tiny/aligned/vectors.json",
+          "merge_eval": "tiny/aligned/merge.json", "disentangle": "tiny/aligned/disentangle.json"}
+
+
+def snapshot(folder):
+    """{file: (size, mtime)} of everything below, temporary files too."""
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def refuse(name, *words):
+    """Call a stage's main in this process; returns the refusal's text. Any other exception, or none, fails the test."""
+    from files import Refused
+    with pytest.raises(Refused) as refusal:
+        perform(name, *words)
+    return str(refusal.value)
+
+
+def perform(name, *words):
+    """Call a stage's main in this process with command-line words."""
+    module, words = importlib.import_module(name), [str(word) for word in words]
+    with mock.patch.object(sys, "argv", [f"{name}.py", *words]):
+        module.main(module.parse_args())
+
+
 @pytest.fixture(scope="session")
 def study(tmp_path_factory):
     """The runs folder of a finished small study; tests must leave it as it is (copy it to change it)."""
@@ -25,6 +58,24 @@ def study(tmp_path_factory):
     finished = stage("bash", "run_all.sh", "tiny", "--runs", runs, *SMALL)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return runs
+
+
+@pytest.fixture
+def copy(study, tmp_path):
+    """A private copy of the finished study."""
+    return Path(shutil.copytree(study, tmp_path / "runs"))
+
+
+def image_folder(folder, n_train=12, n_test=10, size=(20, 24), classes=("cat", "dog")):
+    """A small data set of PNG files, train/CLASS/*.png and test/CLASS/*.png."""
+    from PIL import Image
+    rng = np.random.default_rng(0)
+    for split, n in (("train", n_train), ("test", n_test)):
+        for index in range(n):
+            path = folder / split / classes[index % len(classes)] / f"{index:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
+    return folder
 
 
 @pytest.fixture

@@ -119,7 +119,7 @@ def numbers(path):
             return [strip(inner) for inner in value]
         if isinstance(value, dict):
             return {key: strip(inner) for key, inner in value.items() if key not in
-                    ("machine", "command", "seconds", "feature_seconds", "images_per_second", "peak_memory_bytes", "source")}
+                    ("machine", "command", "seconds", "feature_seconds", "images_per_second", "peak_memory_bytes", "source", "checksum")}
         return value
     return strip(json.loads(path.read_text()))
 

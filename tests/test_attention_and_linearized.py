@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import TASKS
-from test_recipes_and_report import run
+from conftest import TASKS, perform
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
@@ -142,15 +141,15 @@ def test_attention_and_linearized_go_through_every_stage(study, tmp_path):
     pre, _ = files.load_tensors(runs / "tiny/pretrained.safetensors", "")
     for recipe in ("attention", "linearized"):
         shared = ["tiny", "--runs", runs, "--tasks", ",".join(TASKS[:2]), "--recipe", recipe]
-        run("finetune", *shared, "--steps", "6", "--batch-size", "32", "--lr", "1e-3")
-        run("make_vectors", *shared)
-        run("merge_eval", *shared, "--lambdas", "5")
+        perform("finetune", *shared, "--steps", "6", "--batch-size", "32", "--lr", "1e-3")
+        perform("make_vectors", *shared)
+        perform("merge_eval", *shared, "--lambdas", "5")
         for metric in ("prediction", "representation"):
-            run("disentangle", *shared, "--points", "3", "--samples", "40", "--metric", metric)
-    run("posthoc", *shared[:-1], "attention", "--images-per-task", "100")
+            perform("disentangle", *shared, "--points", "3", "--samples", "40", "--metric", metric)
+    perform("posthoc", *shared[:-1], "attention", "--images-per-task", "100")
     with pytest.raises(files.Refused, match="linear already"):
-        run("posthoc", *shared)
-    run("report", "--runs", runs)
+        perform("posthoc", *shared)
+    perform("report", "--runs", runs)
     report = (runs / "report/report.md").read_text()
     assert report.count("representation-glyphs-signs.png") == 1 and "advantage.png" in report and "posthoc.png" in report
     assert "| tiny | attention | 2 | 200 |" in report and "python posthoc.py" in report
@@ -167,7 +166,7 @@ def test_attention_and_linearized_go_through_every_stage(study, tmp_path):
     shutil.copy(runs / "tiny/attention/vectors/glyphs.safetensors", runs / "tiny/aligned/vectors/glyphs.safetensors")
     (runs / "tiny/aligned/merge.json").unlink()
     with pytest.raises(files.Refused, match="aligned/vectors/glyphs.safetensors was made with recipe 'attention'"):
-        run("merge_eval", "tiny", "--runs", runs, "--tasks", ",".join(TASKS))
+        perform("merge_eval", "tiny", "--runs", runs, "--tasks", ",".join(TASKS))
 
 
 def test_an_encoder_without_such_parameters_is_refused_and_says_what_was_looked_for():

@@ -1,5 +1,4 @@
 """Wrong input ends in exit code 2 and one line that names it, leaves nothing half-written, and keeps what was computed."""
-import importlib
 import io
 import json
 import shutil
@@ -8,53 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TASKS, stage
-
-TIMM = "timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k"
-STAGES = {  # the settings of conftest.SMALL, stage by stage
-    "probe": ["--probe-steps", "300"], "finetune": ["--steps", "20", "--batch-size", "32", "--lr", "5e-4"], "make_vectors": [], "merge_eval": [],
-    "disentangle": ["--points", "5", "--samples", "100"],
-}
-RESULT = {"probe": "tiny/probe.json", "finetune": "tiny/aligned/finetune.json", "make_vectors": "tiny/aligned/vectors.json",
-          "merge_eval": "tiny/aligned/merge.json", "disentangle": "tiny/aligned/disentangle.json"}
-
-
-def snapshot(folder):
-    """{file: (size, mtime)} of everything below, temporary files too."""
-    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def refuse(name, *words):
-    """Call a stage's main in this process; returns the refusal's text. Any other exception, or none, fails the test."""
-    from files import Refused
-    with pytest.raises(Refused) as refusal:
-        perform(name, *words)
-    return str(refusal.value)
-
-
-def perform(name, *words):
-    """Call a stage's main in this process with command-line words."""
-    module = importlib.import_module(name)
-    module.main(module.parse_args([str(word) for word in words]))
-
-
-@pytest.fixture
-def copy(study, tmp_path):
-    """A private copy of the finished study."""
-    return Path(shutil.copytree(study, tmp_path / "runs"))
-
-
-def image_folder(folder, n_train=12, n_test=10, size=(20, 24), classes=("cat", "dog")):
-    """A small data set of PNG files, train/CLASS/*.png and test/CLASS/*.png."""
-    from PIL import Image
-    rng = np.random.default_rng(0)
-    for split, n in (("train", n_train), ("test", n_test)):
-        for index in range(n):
-            path = folder / split / classes[index % len(classes)] / f"{index:03}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
-    return folder
-
+from conftest import RESULT, STAGES, TASKS, TIMM, image_folder, perform, refuse, snapshot, stage
 
 def test_the_command_line_says_it_in_one_line_with_exit_code_2(tmp_path):
     finished = stage(sys.executable, "probe.py", "vit_b16_dyno", "--runs", tmp_path / "runs")

@@ -156,7 +156,7 @@ def test_without_a_network_tiny_works_and_a_hub_task_says_what_it_wanted(study, 
 
     import datasets
     import huggingface_hub
-    from test_bad_input import refuse
+    from conftest import refuse
     runs = shutil.copytree(study, tmp_path / "runs")
     environment = client_environment("http://127.0.0.1:9", tmp_path / "home")
     with monkeypatch.context() as offline:
@@ -170,7 +170,7 @@ def test_without_a_network_tiny_works_and_a_hub_task_says_what_it_wanted(study, 
 
 def test_an_image_folder_and_a_parquet_folder_of_the_same_pictures_are_the_same_task(study, tmp_path):
     import datasets
-    from test_bad_input import image_folder
+    from conftest import image_folder
     args = common.stage_parser("").parse_args(["tiny", "--runs", str(study)])
     encoder, args.runs = encoders.load_encoder(args), tmp_path / "runs"
     folder = image_folder(tmp_path / "pets", size=(20, 24))
@@ -184,7 +184,7 @@ def test_an_image_folder_and_a_parquet_folder_of_the_same_pictures_are_the_same_
 
 def test_one_small_square_size_is_kept_as_it_is(study, tmp_path):
     from PIL import Image
-    from test_bad_input import image_folder
+    from conftest import image_folder
     args = common.stage_parser("").parse_args(["tiny", "--runs", str(study)])
     encoder, args.runs = encoders.load_encoder(args), tmp_path / "runs"
     folder = image_folder(tmp_path / "pets", size=(20, 20))

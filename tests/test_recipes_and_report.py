@@ -1,12 +1,9 @@
 """Recipe full, subsets of tasks, geometry of the vectors, and the report, on a copy of the small study."""
-import importlib
 import itertools
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
-from unittest import mock
 
 import common
 import files
@@ -14,13 +11,7 @@ import merge_eval
 import numpy as np
 import pytest
 import torch
-from conftest import TASKS
-
-
-def run(name, *words):
-    module, words = importlib.import_module(name), [str(word) for word in words]
-    with mock.patch.object(sys, "argv", [f"{name}.py", *words]):
-        module.main(module.parse_args())
+from conftest import TASKS, perform
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +19,13 @@ def both(study, tmp_path_factory):
     """The small study with recipe full and the subsets of tasks added."""
     runs = Path(shutil.copytree(study, tmp_path_factory.mktemp("both") / "runs"))
     shared = ["tiny", "--runs", runs, "--tasks", ",".join(TASKS), "--recipe", "full"]
-    run("finetune", *shared, "--steps", "20", "--batch-size", "32", "--lr", "1e-3")
-    run("make_vectors", *shared)
-    run("merge_eval", *shared, "--lambdas", "5")
-    run("disentangle", *shared, "--points", "5", "--samples", "60")
+    perform("finetune", *shared, "--steps", "20", "--batch-size", "32", "--lr", "1e-3")
+    perform("make_vectors", *shared)
+    perform("merge_eval", *shared, "--lambdas", "5")
+    perform("disentangle", *shared, "--points", "5", "--samples", "60")
     for recipe in ("aligned", "full"):
-        run("merge_eval", *shared[:-1], recipe, "--lambdas", "3", "--subsets", "1", "--images-per-task", "40")
-    run("report", "--runs", runs)
+        perform("merge_eval", *shared[:-1], recipe, "--lambdas", "3", "--subsets", "1", "--images-per-task", "40")
+    perform("report", "--runs", runs)
     return runs
 
 
@@ -106,7 +97,7 @@ def test_the_report_shows_what_is_there_and_the_command_for_what_is_not(both, st
     shutil.rmtree(half / "report")
     (half / "tiny/full/merge.json").unlink()
     shutil.rmtree(half / "tiny/aligned")
-    run("report", "--runs", half)
+    perform("report", "--runs", half)
     text = (half / "report/report.md").read_text()
     shared = f"tiny --runs {study} --tasks {','.join(TASKS)}"  # as probe.py was called
     assert f"| tiny | full | python merge_eval.py {shared} --recipe full |" in text and f"| tiny | aligned | python finetune.py {shared} --recipe aligned |" in text
@@ -114,15 +105,14 @@ def test_the_report_shows_what_is_there_and_the_command_for_what_is_not(both, st
     assert f"| {half}/tiny/full/scaling.json | python merge_eval.py tiny --runs {both} --tasks {','.join(TASKS)} --recipe full --lambdas 3 --subsets 1 --images-per-task 40 |" in text
     assert "Table 1" not in text and "Table 3" not in text
     with pytest.raises(files.Refused, match="no results"):
-        run("report", "--runs", tmp_path / "empty")
+        perform("report", "--runs", tmp_path / "empty")
 
 
 def test_encoders_that_differ_in_data_or_scale_are_compared(both, tmp_path):
     for name in ("vit_b16_sup_in1k", "vit_b16_sup_in21k"):  # the small study under two of the paper's names
         shutil.copytree(both / "tiny", tmp_path / "runs" / name)
-        probe = json.loads((both / "tiny/probe.json").read_text())
-        (tmp_path / "runs" / name / "probe.json").write_text(json.dumps(probe | {"encoder": name}))
-    run("report", "--runs", tmp_path / "runs")
+        files.write_json(tmp_path / "runs" / name / "probe.json", files.read_json(both / "tiny/probe.json", "") | {"encoder": name})
+    perform("report", "--runs", tmp_path / "runs")
     pictures = {path.name for path in (tmp_path / "runs/report").glob("*.png")}
     assert {"scaling-vit_b16_sup_in1k-vit_b16_sup_in21k.png", "disentangle-glyphs-signs-vit_b16_sup_in1k-vit_b16_sup_in21k.png"} <= pictures
 
@@ -130,16 +120,16 @@ def test_encoders_that_differ_in_data_or_scale_are_compared(both, tmp_path):
 def test_the_report_over_seeds_gives_mean_and_deviation(both, tmp_path):
     other = tmp_path / "seed1/tiny/aligned"
     other.mkdir(parents=True)
-    merge = json.loads((both / "tiny/aligned/merge.json").read_text())
+    merge = files.read_json(both / "tiny/aligned/merge.json", "")
     first = merge["test"]["absolute"]
     merge["test"]["absolute"] += 0.02
-    (other / "merge.json").write_text(json.dumps(merge))
+    files.write_json(other / "merge.json", merge)
     half = Path(shutil.copytree(both, tmp_path / "runs"))
-    run("report", "--runs", half, "--seeds", tmp_path / "seed1", tmp_path / "nothing")
+    perform("report", "--runs", half, "--seeds", tmp_path / "seed1", tmp_path / "nothing")
     assert "| tiny | aligned | 2 |" in (text := (half / "report/report.md").read_text())
     assert f"{100 * (first + 0.01):.1f} +- {100 * 0.02 / 2 ** 0.5:.1f}" in text
 
 
 def test_subsets_of_one_task_are_refused(both):
     with pytest.raises(files.Refused, match="two tasks or more"):
-        run("merge_eval", "tiny", "--runs", both, "--tasks", "glyphs", "--subsets", "3")
+        perform("merge_eval", "tiny", "--runs", both, "--tasks", "glyphs", "--subsets", "3")

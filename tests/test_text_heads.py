@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 from files import Refused
-from test_bad_input import image_folder, refuse
+from conftest import image_folder, refuse
 
 import common
 import encoders
