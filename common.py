@@ -602,7 +602,6 @@ class Evaluator:
     def __init__(self, encoder, args, work, alone=False):
         self.encoder, self.device = encoder, pick_device(args.device)
         self.dtype, reason = pick_dtype(args.dtype, self.device)
-        self.batch_size = 512 if self.device.type == "cuda" else 32  # a CPU is fastest where a batch fits its caches
         self.theta_pre = {name: tensor.to(self.device) for name, tensor in weights_of(encoder.module).items()}
         self.vectors, self.changed = [], []
         module = copy.deepcopy(encoder.module).to(self.device, self.dtype).eval().requires_grad_(False)
@@ -620,7 +619,7 @@ class Evaluator:
             for part in module.modules():
                 if hasattr(part, "fused_attn"):
                     part.fused_attn = False                                # inductor's softmax between two bf16 products is the faster one
-        self.eager = forward
+        self.eager, self.batch_size = forward, min(ranks.gather(evaluation_batch(forward, encoder, self.device)))
         self.forward = torch.compile(forward, dynamic=False) if compiled else forward
         print(f"evaluator: {str(self.dtype)[6:]} ({reason}), batch {self.batch_size}, {'compiled' if compiled else 'eager'} ({why})", flush=True)
 
@@ -721,6 +720,22 @@ class Evaluator:
         return [(p == torch.from_numpy(split.labels).to(self.device)).sum(1).tolist() for p, split in zip(predicted, splits)]
 
 
+def evaluation_batch(forward, encoder, device):
+    """Images per batch: 32 on a CPU, where a batch should fit the caches; on a GPU the largest power of two up to 512 whose activations,
+    measured on eight images, take at most a quarter of the free memory."""
+    if device.type != "cuda":
+        return 32
+    images, batch = torch.zeros(8, 3, encoder.size, encoder.size, dtype=torch.uint8, device=device), 512
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    with torch.inference_mode():
+        forward(images)
+    per_image = (torch.cuda.max_memory_allocated(device) - before) / len(images)
+    while batch > 8 and batch * per_image > torch.cuda.mem_get_info(device)[0] / 4:
+        batch //= 2
+    return batch
+
+
 def cached_features(folder, task, evaluator, overwrite=False):
     """{"train", "val", "test"} -> (N, D) features under theta_pre on the evaluator's device; computed once, then read back.
 
@@ -815,6 +830,6 @@ def save_figure(path, fig):
     import matplotlib.pyplot as plt
     if ranks.rank() == 0:
         with replacing(path) as temporary:
-            fig.savefig(temporary, format="png", dpi=150)
+            fig.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
     plt.close(fig)
     print(f"picture: {path}", flush=True)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import filelock
 import numpy as np
 import pytest
 
@@ -54,9 +55,14 @@ def perform(name, *words):
 @pytest.fixture(scope="session")
 def study(tmp_path_factory):
     """The runs folder of a finished small study; tests must leave it as it is (copy it to change it)."""
-    runs = tmp_path_factory.mktemp("study") / "runs"
-    finished = stage("bash", "run_all.sh", "tiny", "--runs", runs, *SMALL)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+    base = tmp_path_factory.getbasetemp()
+    runs = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "study" / "runs"
+    with filelock.FileLock(runs.parent.with_suffix(".lock")):              # one study for all of xdist's workers
+        if not runs.exists():
+            finished = stage("bash", "run_all.sh", "tiny", "--runs", runs, *SMALL)
+            if finished.returncode:
+                shutil.rmtree(runs, ignore_errors=True)
+            assert finished.returncode == 0, finished.stdout + finished.stderr
     return runs
 
 

@@ -1,7 +1,7 @@
 # Sourced by run_all.sh and tests/run.sh: leaves a `python` on the PATH that has the packages of requirements.txt.
 # An active Python that has them all is used as it is; else .venv is made beside this repository and filled once.
 has_packages() {
-  "$1" -c 'import sys, importlib.util as i; sys.exit(sys.version_info < (3, 11) or not all(map(i.find_spec, "datasets matplotlib numpy open_clip PIL pytest safetensors timm torch torchvision tqdm".split())))' 2>/dev/null
+  "$1" -c 'import sys, importlib.util as i; sys.exit(sys.version_info < (3, 11) or not all(map(i.find_spec, "datasets filelock matplotlib numpy open_clip PIL pytest safetensors timm torch torchvision tqdm xdist".split())))' 2>/dev/null
 }
 if [ -x .venv/bin/python ]; then
   export PATH="$PWD/.venv/bin:$PATH"
