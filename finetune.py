@@ -63,6 +63,8 @@ def main(args):
     if not todo:
         print(f"finetune: {path} has all {len(sources)} tasks, nothing to do (--overwrite to redo)")
         return
+    for left in (folder / args.recipe / "state").glob("*.safetensors") if args.overwrite else ():
+        left.unlink(missing_ok=True)
     size = sum(tensor.numel() * 4 for tensor in encoders.weights_of(encoder.module).values())
     files.make_room(folder, (len(todo) + 3) * size, f"fine-tuned encoders ({len(todo)} of {size / 1e6:.0f} MB, and a training state)")
     largest = max(tasks[name].splits["train"].images[:1].nbytes * len(tasks[name].splits["train"].rows) for name in {*todo, search})
@@ -88,9 +90,8 @@ def main(args):
         forward = linearized.forward(module, encoder, device)
     else:
         forward = torch.compile(module, dynamic=False) if compiled else module
-    trained = choose_parameters(module, args)
-    print(f"finetune: {trained:,} parameters of the encoder train", flush=True)
-    print(f"finetune: {len(todo)} tasks x {args.steps} steps of {args.batch_size}, {'compiled' if compiled else 'eager'} ({why})", flush=True)
+    print(f"finetune: {len(todo)} tasks x {args.steps} steps of {args.batch_size}, {choose_parameters(module, args):,} parameters of the encoder train, "
+          f"{'compiled' if compiled else 'eager'} ({why})", flush=True)
 
     # ------------------------------------------------------------------ learning rate, on one task's validation split
     best = 0, None, None                                                   # validation accuracy, learning rate, what train returned
