@@ -92,10 +92,11 @@ def main(args):
         merged = {key: theta_pre[key] + lambdas[best] * vector for key, vector in total.items()}
         files.save_tensors(folder / args.recipe / "merged.safetensors", encoder.module.state_dict() | merged, theta_pre=encoder.theta_pre,
                            recipe=args.recipe, tasks=names, best_lambda=lambdas[best])
-    draw(folder / args.recipe / "merge.png", result, f"{args.encoder}, {args.recipe}, {len(names)} tasks")
+    at_zero_is = {"probed": "probing (lambda = 0)", "text": "zero-shot (lambda = 0)", "random": "lambda = 0"}[common.RECIPES[args.recipe].head]
+    draw(folder / args.recipe / "merge.png", result, f"{args.encoder}, {args.recipe}, {len(names)} tasks", at_zero_is)
     files.write_json(path, result)
     print(f"merge_eval: {images} images in {seconds:.1f} s, {images / seconds:.0f} img/s (compiling included)")
-    for label, row in (("probing (lambda 0)", result["test_lambda0"]), (f"addition (lambda {lambdas[best]:g})", result["test"])):
+    for label, row in ((at_zero_is, result["test_lambda0"]), (f"addition (lambda = {lambdas[best]:g})", result["test"])):
         print(f"merge_eval: {label}: test absolute {row['absolute']:.4f}, normalized {row['normalized']:.4f}, n = {sum(n['test'].values())}")
 
 
@@ -189,15 +190,15 @@ def draw_scaling(path, rows, title):
     common.save_figure(path, fig)
 
 
-def draw(path, result, title):
-    """Accuracy against lambda on validation: each task thin, the mean normalized accuracy thick, lambda = 0 marked as probing."""
+def draw(path, result, title, at_zero_is):
+    """Accuracy against lambda on validation: each task thin, the mean normalized accuracy thick, lambda = 0 marked."""
     fig, axes = common.figure(7.6, 4.2)
     lambdas, normalized, best = result["lambdas"], result["val"]["normalized"], result["best_lambda"]
     for name, accuracy in result["val"]["tasks"].items():
         axes.plot(lambdas, accuracy, linewidth=0.9, alpha=0.6, label=name)
     axes.plot(lambdas, normalized, color="black", linewidth=2.2, marker=".", label="mean, normalized")
     axes.axhline(normalized[0], color="black", linestyle=":", linewidth=1)
-    axes.annotate("probing (lambda = 0)", (lambdas[-1], normalized[0]), ha="right", va="bottom", fontsize=8)
+    axes.annotate(at_zero_is, (lambdas[-1], normalized[0]), ha="right", va="bottom", fontsize=8)
     axes.plot(best, max(normalized), marker="*", markersize=14, color="crimson", label=f"chosen, lambda = {best:g}", linestyle="none")
     axes.set(xlabel="scaling coefficient lambda", ylabel="validation accuracy", ylim=(0, 1.03))
     axes.set_title(title, loc="left", fontsize=9)
