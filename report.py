@@ -150,10 +150,10 @@ def main(args):
         blocks += [("heading2", f"{encoder}, {recipe}"), *section(folders[encoder] / recipe, probes[encoder], results)]
 
     # ------------------------------------------------------------------ what is missing
-    missing = [[encoder, recipe, command(script, recipe, probe)] for encoder, probe in probes.items() for recipe in common.RECIPES
+    missing = [[encoder, recipe, found[encoder, recipe][name]["command"] if name in found.get((encoder, recipe), {}) else command(script, recipe, probe)] for encoder, probe in probes.items() for recipe in common.RECIPES
                if (encoder, recipe) in found or recipe in PAPER and (common.RECIPES[recipe].head != "text" or encoder in text_heads.TEXT_TOWERS or encoder.startswith("open_clip:"))
                for name, script in (WHAT_MAKES | (MORE if is_second(recipe) else {})).items()
-               if name not in found.get((encoder, recipe), {}) and not (name == "posthoc.json" and common.RECIPES[recipe].linear)]
+               if unfinished(name, found.get((encoder, recipe), {}).get(name), probe) and not (name == "posthoc.json" and common.RECIPES[recipe].linear)]
     if missing:
         blocks += [("heading2", "Not there yet"), ("table", ["encoder", "recipe", "the command that makes it"], missing)]
 
@@ -175,6 +175,15 @@ def main(args):
     print()
     for path in dict.fromkeys([block[1] for block in blocks if block[0] == "picture"] + [out / "report.md", out / "report.html"]):
         print(path)
+
+
+def unfinished(name, result, probe):
+    """Whether a result is not there, or lacks tasks or subsets that its command would still add."""
+    if name == "finetune.json" and result:
+        return not set(probe["tasks"]) <= set(result["tasks"])
+    if name == "scaling.json" and result:
+        return max(len(row["tasks"]) for row in result["subsets"]) < len(result["config"]["tasks"])
+    return result is None
 
 
 def command(script, recipe, probe):

@@ -96,6 +96,8 @@ def test_the_report_shows_what_is_there_and_the_command_for_what_is_not(both, st
     half = Path(shutil.copytree(both, tmp_path / "runs"))
     shutil.rmtree(half / "report")
     (half / "tiny/full/merge.json").unlink()
+    cut = files.read_json(half / "tiny/full/scaling.json", "")             # as a killed run leaves it
+    files.write_json(half / "tiny/full/scaling.json", cut | {"subsets": cut["subsets"][:4]})
     shutil.rmtree(half / "tiny/aligned")
     perform("report", "--runs", half)
     text = (half / "report/report.md").read_text()
@@ -103,6 +105,7 @@ def test_the_report_shows_what_is_there_and_the_command_for_what_is_not(both, st
     assert f"| tiny | full | python merge_eval.py {shared} --recipe full |" in text and f"| tiny | aligned | python finetune.py {shared} --recipe aligned |" in text
     assert "| tiny | full | python finetune.py" not in text and "zeroshot" not in text  # the one is there, the other impossible
     assert f"| {half}/tiny/full/scaling.json | python merge_eval.py tiny --runs {both} --tasks {','.join(TASKS)} --recipe full --lambdas 3 --subsets 1 --images-per-task 40 |" in text
+    assert f"| tiny | full | {cut['command']} |" in text
     assert "Table 1" not in text and "Table 3" not in text
     with pytest.raises(files.Refused, match="no results"):
         perform("report", "--runs", tmp_path / "empty")
