@@ -51,7 +51,7 @@ def stage_parser(docstring):
     add("--image-size", type=positive, help="pixels; position embeddings are resampled (default: the checkpoint's own)")
     add("--runs", type=Path, default=Path("runs"), help="where results go (default: runs)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
-    add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="of the evaluator's forward pass")
+    add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="of the forward pass (auto: bf16 where the hardware has it; disentangle.py fp32)")
     add("--compile", choices=["auto", "on", "off"], default="auto", help="auto: when the work ahead repays compiling")
     add("--seed", type=natural, default=0, help="reaches everything random except the pinned validation split")
     add("--overwrite", action="store_true", help="redo this stage even where its result exists")

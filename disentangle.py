@@ -24,6 +24,7 @@ import linearized
 
 def parse_args(argv=None):
     parser = common.stage_parser(__doc__)
+    parser.set_defaults(dtype="fp32")                                      # bf16 alone flips more predictions than fine maps show (precision.py)
     common.add_recipe(parser)
     parser.add_argument("--pairs", default="first", help="A-B,C-D,... or all, or first: the first two tasks (default first)")
     parser.add_argument("--points", type=common.positive, default=25, help="values of each lambda; odd, so that 0 is one (default 25)")

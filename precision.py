@@ -1,5 +1,5 @@
 """
-What bf16 changes: accuracy, predictions that flip, the floor it puts under xi, and how much of lambda * tau survives rounding.
+What bf16 changes: accuracy, predictions that flip, the floor it puts under xi, and rounding beside the step lambda * tau.
 
     python precision.py vit_b16_dino
     python precision.py tiny --images-per-task 200
@@ -10,7 +10,7 @@ Writes  runs/ENCODER/RECIPE/precision.json
 At the lambda that merge_eval.py picked (.05 where it picked 0), on random test images, each task with its own head:
 fp32      the reference
 bf16      the merge formed in fp32 and cast once, as every stage evaluates it
-again     the same weights in bf16 along another path: batches of another size, compiled where bf16 was not and the other way round
+again     the same weights in bf16 along another path: batches of another size, compiled where that is possible
 added     theta_pre cast first and lambda * tau added in bf16, for comparison
 The floor under xi is what two tasks together flip between bf16 and again, where nothing should: twice the mean share.
 """
@@ -61,16 +61,16 @@ def main(args):
     rounded = {name: tensor.bfloat16() for name, tensor in theta_pre.items()}
     steps = {name: (lam * vector).bfloat16() for name, vector in total.items()}   # the sum of two bf16 numbers, rounded once: the cast of their fp32 sum
     ways = {"fp32": predicted("fp32", args.compile), "bf16": predicted("bf16", "off"),
-            "again": predicted("bf16", "on" if common.compile_pays("on", device, encoder, 0)[0] else "off", batch_size=48),
+            "again": predicted("bf16", "on" if args.compile != "off" and common.compile_pays("on", device, encoder, 0)[0] else "off", batch_size=48),
             "added": predicted("bf16", "off", encoder=encoder._replace(module=with_weights(encoder.module, rounded)),
                                vector={name: step.float() for name, step in steps.items()}, lam=1.0)}
 
-    # ------------------------------------------------------------------ how much of the step is left in the weights
-    exact = {name: lam * vector for name, vector in total.items()}
-    left = {"bf16": {name: (theta_pre[name] + exact[name]).bfloat16().float() - rounded[name].float() for name in exact},
-            "added": {name: (rounded[name] + steps[name]).float() - rounded[name].float() for name in exact}}
-    survival = {way: {"relative_error": common.length({name: step[name] - exact[name] for name in exact}) / common.length(exact),
-                      "unchanged": sum((step[name] == 0).sum().item() for name in step) / sum(tensor.numel() for tensor in step.values())} for way, step in left.items()}
+    # ------------------------------------------------------------------ what rounding does to the weights, beside the step itself
+    exact = {name: theta_pre[name] + lam * vector for name, vector in total.items()}
+    merged = {"bf16": {name: tensor.bfloat16() for name, tensor in exact.items()}, "added": {name: rounded[name] + steps[name] for name in exact}}
+    step, count = lam * common.length(total), sum(tensor.numel() for tensor in exact.values())
+    weights = {way: {"error": common.length({name: there[name].float() - exact[name] for name in exact}) / step,
+                     "unchanged": sum((there[name] == rounded[name]).sum().item() for name in exact) / count} for way, there in merged.items()}
 
     # ------------------------------------------------------------------ results
     rows = {}
@@ -79,7 +79,7 @@ def main(args):
         rows[task.name] = {"n": n, "accuracy": {way: (there[index] == labels).sum().item() / n for way, there in ways.items()},
                            "flips_to_fp32": {way: (there[index] != ways["fp32"][index]).sum().item() / n for way, there in ways.items()},
                            "flips_between_paths": (ways["bf16"][index] != ways["again"][index]).sum().item() / n}
-    result |= {"lambda": lam, "tasks": rows, "weights": survival, "xi_floor": 2 * common.mean(row["flips_between_paths"] for row in rows.values())}
+    result |= {"lambda": lam, "tasks": rows, "weights": weights, "xi_floor": 2 * common.mean(row["flips_between_paths"] for row in rows.values())}
     files.write_json(path, result)
     print(f"lambda = {lam:g}, percent; flips: predictions that differ from fp32's, and between two bf16 paths\n"
           "| task | n | fp32 | bf16 | flips | flips between paths | added in bf16 | flips |\n|---|---|---|---|---|---|---|---|")
@@ -88,7 +88,7 @@ def main(args):
         print(f"| {name} | {row['n']} | " + " | ".join(f"{100 * value:.2f}" for value in (
             accuracy["fp32"], accuracy["bf16"], flips["bf16"], row["flips_between_paths"], accuracy["added"], flips["added"])) + " |")
     for way, label in (("bf16", "formed in fp32, cast once"), ("added", "added in bf16")):
-        print(f"{label}: relative error of the step lambda * tau {survival[way]['relative_error']:.2f}, weights left unchanged {100 * survival[way]['unchanged']:.1f} %")
+        print(f"{label}: rounding moves the weights by {weights[way]['error']:.2f} of the step lambda * tau; {100 * weights[way]['unchanged']:.1f} % of them are those of theta_pre")
     print(f"floor under xi: {result['xi_floor']:.4f}")
 
 

@@ -133,6 +133,15 @@ def test_the_report_over_seeds_gives_mean_and_deviation(both, tmp_path):
     assert f"{100 * (first + 0.01):.1f} +- {100 * 0.02 / 2 ** 0.5:.1f}" in text
 
 
+def test_precision_compares_the_four_ways_on_the_same_images(copy):
+    perform("precision", "tiny", "--runs", copy, "--tasks", ",".join(TASKS), "--images-per-task", "60", "--compile", "off")
+    result = files.read_json(copy / "tiny/aligned/precision.json", "")
+    assert set(result["tasks"]) == set(TASKS) and all(row["n"] == 60 and row["flips_to_fp32"]["fp32"] == 0 for row in result["tasks"].values())
+    weights = result["weights"]
+    assert 0 < weights["bf16"]["error"] < weights["added"]["error"] and 0 < weights["added"]["unchanged"] < 1  # two roundings lose more than one
+    assert result["xi_floor"] == pytest.approx(2 * np.mean([row["flips_between_paths"] for row in result["tasks"].values()]))
+
+
 def test_subsets_of_one_task_are_refused(both):
     with pytest.raises(files.Refused, match="two tasks or more"):
         perform("merge_eval", "tiny", "--runs", both, "--tasks", "glyphs", "--subsets", "3")
