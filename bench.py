@@ -291,7 +291,8 @@ def study_seconds(folder):
     for path in sorted(folder.glob("*/*.json")):
         result, recipe = files.read_json(path, "its stage"), path.parent.name
         if path.name == "finetune.json":
-            seconds[f"{recipe}, learning-rate search"] = sum(result.get("search", {}).get("seconds", {}).values())
+            if "search" in result:
+                seconds[f"{recipe}, learning-rate search"] = sum(result["search"]["seconds"].values())
             seconds[f"{recipe}, fine-tuning"] = sum(row["seconds"] for row in result["tasks"].values())
         elif path.name == "merge.json":
             seconds[f"{recipe}, lambda search"] = result["seconds"]

@@ -233,3 +233,15 @@ def test_a_finished_study_run_again_does_nothing(copy, capsys):
     assert capsys.readouterr().out.count("nothing to do") == 4
     now = snapshot(copy)
     assert {path: now[path] for path in before} == before
+
+
+def test_a_learning_rate_that_diverges_counts_as_failed_and_a_diverged_task_is_named(copy, monkeypatch):
+    import finetune
+    monkeypatch.setattr(finetune, "LEARNING_RATES", [1e-3, 1e30])
+    words = ["tiny", "--runs", copy, "--steps", "3", "--batch-size", "8"]
+    perform("finetune", *words, "--tasks", "glyphs", "--recipe", "full")
+    result = json.loads((copy / "tiny/full/finetune.json").read_text())
+    assert result["lr"] == 1e-3 and result["search"]["val"]["1e+30"] is None and result["search"]["val"]["0.001"] > 0
+    said = refuse("finetune", *words, "--tasks", "glyphs,signs", "--recipe", "attention", "--lr", "1e30")
+    assert "diverged at learning rate 1e+30 on glyphs (step 3 of 3), signs (step 3 of 3)" in said
+    assert not (copy / "tiny/attention/finetune.json").exists() and not list((copy / "tiny/attention").rglob("*.safetensors"))
