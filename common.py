@@ -534,6 +534,7 @@ def sum_of_vectors(folder, recipe, names, encoder):
         vector, about = load_vector(folder, recipe, name, encoder)
         total = vector if total is None else {key: total[key].add_(vector[key]) for key in total}
         used[name] = about["sha256"]
+        del vector                                                         # before the next one is read
     return total, used
 
 
