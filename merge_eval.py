@@ -185,7 +185,7 @@ def draw_scaling(path, rows, title):
     sizes = sorted({len(row["tasks"]) for row in rows})
     axes.plot([len(row["tasks"]) for row in rows], [row["normalized"] for row in rows], "o", alpha=0.45, label="a subset of tasks")
     axes.plot(sizes, [common.mean(row["normalized"] for row in rows if len(row["tasks"]) == size) for size in sizes], color="black", label="mean")
-    axes.set(xlabel="number of merged tasks", ylabel="normalized test accuracy", ylim=(0, 1.05), title=title)
+    axes.set(xlabel="number of merged tasks", ylabel="normalized test accuracy", ylim=(0, None), title=title)
     axes.legend(fontsize=8, loc="lower left")
     common.save_figure(path, fig)
 

@@ -282,7 +282,7 @@ def draw_scalings(path, scalings):
         sizes = sorted({len(row["tasks"]) for row in rows})
         line, = axes.plot(sizes, [common.mean(row["normalized"] for row in rows if len(row["tasks"]) == size) for size in sizes], label=f"{encoder}, {recipe}")
         axes.plot([len(row["tasks"]) for row in rows], [row["normalized"] for row in rows], ".", alpha=0.4, color=line.get_color())
-    axes.set(xlabel="number of merged tasks", ylabel="normalized test accuracy", ylim=(0, 1.05))
+    axes.set(xlabel="number of merged tasks", ylabel="normalized test accuracy", ylim=(0, None))
     fig.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncol=2)
     common.save_figure(path, fig)
     return path
