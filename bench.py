@@ -28,6 +28,9 @@ import disentangle
 import encoders
 import files
 import finetune
+import linearized
+
+TRAINED = ["aligned", "attention", "linearized"]  # the recipes whose training is timed
 
 
 def parse_args(argv=None):
@@ -76,26 +79,36 @@ def main(args):
                 rates[name].append(images / timed(way, device))
 
     # ------------------------------------------------------------------ (c) fine-tuning, (d) merging, (e) a heat map
-    steps_per_second, _ = training(args, encoder, device, steps)
+    steps_per_second = {recipe: [] for recipe in TRAINED}
+    for _ in range(args.repeats):
+        for recipe in TRAINED:
+            steps_per_second[recipe].append(training(args, encoder, device, steps, recipe)["images_per_second"] / args.train_batch)
     merging = {}
     for vectors in (1, 8):
         evaluator.use_vectors(evaluator.vectors[:1] * vectors)
         merging[vectors] = repeat(args, lambda: evaluator.write((0.1,) * vectors), device)
     evaluator.use_vectors(evaluator.vectors[:2])
-    lambdas, pair = np.linspace(-1, 1, 3 if args.quick else 5), (splits[:2], heads[:2])
-    single = [evaluator.predictions([split], [head], [tuple(lam * (t == own) for t in (0, 1)) for lam in lambdas])[0] for own, (split, head) in enumerate(zip(*pair))]
-    cells = len(lambdas) * (len(lambdas) - 1) * 2 * args.images            # images evaluated for the grid
-    grid = [cells / seconds for seconds in repeat(args, lambda: disentangle.error_grid(evaluator, *pair, single, lambdas), device)]
+    lambdas = np.linspace(-1, 1, 3 if args.quick else 5)
+    cells = len(lambdas) ** 2 * 2 * args.images                            # images evaluated for the grid
+    grid = [cells / seconds for seconds in repeat(args, lambda: disentangle.error_grids(evaluator, splits[:2], heads[:2], lambdas, ["prediction"]), device)]
+
+    # ------------------------------------------------------------------ (f) the search of a linearized encoder: one pass, or a pass for each lambda
+    linear = linearized.evaluator(encoder, argparse.Namespace(**vars(args) | {"recipe": "linearized"}), 0)
+    linear_rates = {len(settings): [], 1: []}
+    for _ in range(args.repeats):
+        for k in linear_rates:
+            linear.use_vectors(evaluator.vectors[:1])                      # forgets what it has computed
+            linear_rates[k].append(k * n / timed(lambda: linear.hits(splits, heads, settings[:k]), device))
 
     # ------------------------------------------------------------------ peak memory, in processes of their own
-    peaks = {part: own_process(args, part) for part in ("search over 2 tasks", "search over 8 tasks", "fine-tuning")}
+    peaks = {part: own_process(args, part) for part in ("search over 2 tasks", "search over 8 tasks", *(f"fine-tuning {recipe}" for recipe in TRAINED))}
     encoder_bytes = sum(tensor.numel() * 4 for tensor in evaluator.theta_pre.values())
 
     # ------------------------------------------------------------------ results
     result = {"config": {key: str(value) for key, value in vars(args).items()}, **files.provenance(device), "dtype": str(evaluator.dtype)[6:],
               "batch_size": evaluator.batch_size, "flops_per_image": flops, "matmul_flops_per_second": peak_flops, "copy_bytes_per_second": peak_copy,
               "compile_seconds": compile_seconds, "images_per_second": rates, "train_steps_per_second": steps_per_second,
-              "seconds_per_merge": merging, "heat_map_images_per_second": grid, "peak_bytes": peaks, "encoder_bytes": encoder_bytes}
+              "seconds_per_merge": merging, "heat_map_images_per_second": grid, "linearized_images_per_second": linear_rates, "peak_bytes": peaks, "encoder_bytes": encoder_bytes}
     if args.study:
         result["study_seconds"] = study_seconds(args.study)
     files.write_json(args.out, result)
@@ -107,12 +120,16 @@ def main(args):
         against = "" if name == "evaluator" else spread([a / b for a, b in zip(rates["evaluator"], values)])
         rows.append([name, "img/s", spread(values), f"{np.median(values) * flops / top:.2f}", against])
     rows += [["heat map", "img/s", spread(grid), f"{np.median(grid) * flops / top:.2f}", ""],
-             [f"fine-tuning, batch {args.train_batch}", "img/s", spread([value * args.train_batch for value in steps_per_second]),
-              f"{np.median(steps_per_second) * args.train_batch * 3 * flops / top:.2f}", ""]]
+             [f"fine-tuning aligned, batch {args.train_batch}", "img/s", spread([value * args.train_batch for value in steps_per_second["aligned"]]),
+              f"{np.median(steps_per_second['aligned']) * args.train_batch * 3 * flops / top:.2f}", ""]]
+    for recipe in TRAINED[1:]:
+        rows.append([f"fine-tuning {recipe}", "img/s; times aligned's", spread([value * args.train_batch for value in steps_per_second[recipe]]), "",
+                     spread([a / b for a, b in zip(steps_per_second[recipe], steps_per_second["aligned"])])])
+    rows += [[f"linearized, {k} lambda{'s in one pass' if k > 1 else ''}", "img/s, each lambda counted", spread(values), "", ""] for k, values in linear_rates.items()]
     rows += [[f"merging, {vectors} vector{'s' if vectors > 1 else ''} on the device", "ms per lambda", spread([1000 * value for value in seconds]), "", ""] for vectors, seconds in merging.items()]
     rows += [[f"peak memory, {part}", "MiB", f"{peak / 2**20:.0f}", "", ""] for part, peak in peaks.items()]
     rows += [[f"study, {stage}", "s", f"{seconds:.0f}", "", ""] for stage, seconds in result.get("study_seconds", {}).items()]
-    for row in [["what", "unit", f"median of {args.repeats} (range)", "of the matrix product", "evaluator against it"], ["---"] * 5, *rows]:
+    for row in [["what", "unit", f"median of {args.repeats} (range)", "of the matrix product", "ratio"], ["---"] * 5, *rows]:
         print("| " + " | ".join(row) + " |")
     print(f"\nencoder in fp32: {encoder_bytes / 2**20:.0f} MiB")
 
@@ -178,11 +195,8 @@ def search(args, encoder, n_tasks):
 
 def bare_forward(encoder, evaluator, images):
     """(the same encoder, dtype and batch on data that is resident and normalised, nothing else; batches in a call of it)."""
-    module = copy.deepcopy(encoder.module).to(evaluator.device, evaluator.dtype)
+    module = copy.deepcopy(evaluator.module)
     if evaluator.forward is not evaluator.eager:
-        for part in module.modules():
-            if hasattr(part, "fused_attn"):
-                part.fused_attn = next(part.fused_attn for part in evaluator.module.modules() if hasattr(part, "fused_attn"))
         module = torch.compile(module, dynamic=False)
     pixels = torch.randn(evaluator.batch_size, 3, encoder.size, encoder.size, device=evaluator.device, dtype=evaluator.dtype)
     batches = -(-images // evaluator.batch_size)
@@ -243,18 +257,23 @@ def plain_way(folder, encoder, heads, device):
     return hits
 
 
-def training(args, encoder, device, steps):
-    """(steps/s of finetune.py's loop on random images, --repeats values after one that does not count; peak memory in bytes)."""
+def training(args, encoder, device, steps, recipe):
+    """What finetune.train says of its cost on random images, after two steps that do not count."""
     rng = np.random.default_rng(0)
     split = common.Split(rng.integers(0, 256, (4 * args.train_batch, 3, encoder.size, encoder.size), dtype=np.uint8), np.arange(4 * args.train_batch),
                          rng.integers(0, 10, 4 * args.train_batch))
     task, head = common.Task("bench", {"train": split}, list(range(10)), ""), common.random_head(encoders.width_of(encoder), 10, torch.Generator().manual_seed(0))
     head = {name: tensor.to(device) for name, tensor in head.items()}
     module = copy.deepcopy(encoder.module).to(device, torch.float32).train()
-    forward = torch.compile(module, dynamic=False) if device.type == "cuda" and args.compile == "on" else module
-    settings = argparse.Namespace(recipe="aligned", steps=steps, batch_size=args.train_batch, seed=0, dtype=args.dtype)
-    costs = [finetune.train(forward, module, encoder, task, head, 1e-5, settings)[2] for _ in range(args.repeats + 1)][1:]
-    return [cost["images_per_second"] / args.train_batch for cost in costs], costs[-1]["peak_memory_bytes"]
+    settings = argparse.Namespace(recipe=recipe, encoder=args.encoder, steps=2, batch_size=args.train_batch, seed=0, dtype=args.dtype)
+    finetune.choose_parameters(module, settings)
+    if common.RECIPES[recipe].linear:
+        forward = linearized.forward(module, encoder, device)
+    else:
+        forward = torch.compile(module, dynamic=False) if device.type == "cuda" and args.compile == "on" else module
+    finetune.train(forward, module, encoder, task, head, 1e-5, settings)
+    settings.steps = steps
+    return finetune.train(forward, module, encoder, task, head, 1e-5, settings)[2]
 
 
 def own_process(args, part):
@@ -266,8 +285,8 @@ def own_process(args, part):
 
 def peak_memory(args, encoder, device):
     """Peak bytes of fine-tuning, or of a search whose vectors are read from disk; on a GPU of its allocator, on a CPU of the whole process."""
-    if args.part == "fine-tuning":
-        return training(args, encoder, device, 2)[1]
+    if args.part.startswith("fine-tuning"):
+        return training(args, encoder, device, 2, args.part.split()[1])["peak_memory_bytes"]
     theta, names = encoders.weights_of(encoder.module), [f"task{t}" for t in range(int(args.part.split()[2]))]
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

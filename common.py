@@ -667,7 +667,7 @@ class Evaluator:
                     if low < high:
                         consume(k, t, slice(rows.start + low - at, rows.start + high - at), features[low - begin_row:high - begin_row])
                     at += rows.stop - rows.start
-                bar.update(n * self.world if len(settings) >= self.world else len(features))
+                bar.update((end_row - begin_row) * self.world)
         bar.close()
 
     def outputs(self, images, settings):

@@ -3,10 +3,10 @@ Weight disentanglement: how often adding another task's vector changes a task's 
 
     python disentangle.py vit_b16_dino --pairs cars-dtd,mnist-svhn
     python disentangle.py tiny --pairs all --points 7 --samples 256
-    python disentangle.py tiny --metric representation --points 15 --limit 2
+    python disentangle.py tiny --metric both --points 15 --limit 2    # predictions and representations from one pass
 
 Reads   runs/ENCODER/pretrained.safetensors, heads/ (probe.py), RECIPE/vectors/TASK.safetensors (make_vectors.py)
-Writes  runs/ENCODER/RECIPE/disentangle/A-B.npz and .png, disentangle.json; with --metric representation the same under representation
+Writes  runs/ENCODER/RECIPE/disentangle/A-B.npz and .png, disentangle.json; of the metric representation representation/ and representation.json
 Source  arXiv:2511.14569 section 4.1 and Figure 1: xi is the sum of both tasks' terms, in [0, 2]; of representations arXiv:2407.07089
         section 4: the mean over images of KL(softmax f(x; theta_pre + lambda_t tau_t) || softmax f(x; both)), summed over both tasks
 """
@@ -14,6 +14,7 @@ import itertools
 import time
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 
 import common
@@ -30,7 +31,8 @@ def parse_args(argv=None):
     parser.add_argument("--points", type=common.positive, default=25, help="values of each lambda; odd, so that 0 is one (default 25)")
     parser.add_argument("--limit", type=common.positive_float, default=3.0, help="lambdas run from -limit to limit (default 3)")
     parser.add_argument("--samples", type=common.positive, default=2048, help="random test images per task (default 2048)")
-    parser.add_argument("--metric", choices=["prediction", "representation"], default="prediction", help="what is compared: predicted classes, or features (default prediction)")
+    parser.add_argument("--metric", choices=["prediction", "representation", "both"], default="prediction",
+                        help="what is compared: predicted classes, features, or both in one pass (default prediction)")
     return parser.parse_args(argv)
 
 
@@ -46,13 +48,17 @@ def main(args):
     vectors = {name: common.load_vector(folder, args.recipe, name, encoder) for name in sorted({name for pair in pairs for name in pair})}
     config = {"encoder": args.encoder, "theta_pre": encoder.theta_pre, "image_size": encoder.size, "recipe": args.recipe,
               "points": args.points, "limit": args.limit, "samples": args.samples, "dtype": str(dtype)[6:], "seed": args.seed}
-    stem = "disentangle" if args.metric == "prediction" else "representation"
-    path = folder / args.recipe / f"{stem}.json"
-    result = files.open_result(path, config, args.overwrite, device)
-    done = result.setdefault("pairs", {})
-    todo = [(a, b) for a, b in pairs if done.get(f"{a}-{b}", {}).get("vectors") != [vectors[a][1]["sha256"], vectors[b][1]["sha256"]]]
+    results, todo = {}, {}                                                 # for each metric
+    for metric in ("prediction", "representation") if args.metric == "both" else (args.metric,):
+        path = folder / args.recipe / f"{STEMS[metric]}.json"
+        result = files.open_result(path, config, args.overwrite, device)
+        done = result.setdefault("pairs", {})
+        missing = [(a, b) for a, b in pairs if done.get(f"{a}-{b}", {}).get("vectors") != [vectors[a][1]["sha256"], vectors[b][1]["sha256"]]]
+        if missing:
+            results[metric], todo = result, todo | dict.fromkeys(missing)
+        else:
+            print(f"disentangle: {path} has all {len(pairs)} pairs, nothing to do (--overwrite to redo)")
     if not todo:
-        print(f"disentangle: {path} has all {len(pairs)} pairs, nothing to do (--overwrite to redo)")
         return
 
     # ------------------------------------------------------------------ random test images, the same in every pair
@@ -61,32 +67,29 @@ def main(args):
     heads = {name: common.load_head(folder, args.recipe, tasks[name], encoder, device) for name in used}
     images = {name: common.sample(tasks[name].splits["test"], args.samples, args.seed) for name in used}
     lambdas = np.linspace(-args.limit, args.limit, args.points).round(10)
-    cells = (args.points ** 2 - args.points) * sum(len(images[name].rows) for pair in todo for name in pair)
-    evaluator = linearized.evaluator(encoder, args, cells + args.points * sum(len(split.rows) for split in images.values()))
+    cells = args.points ** 2 * sum(len(images[name].rows) for pair in todo for name in pair)
+    evaluator = linearized.evaluator(encoder, args, cells)
     print(f"disentangle: {len(todo)} pairs, {args.points} x {args.points} points, {cells} images to evaluate", flush=True)
-
-    # ------------------------------------------------------------------ theta_pre + lambda tau_t alone, once per task and lambda
-    single = {}
-    for name in used:
-        evaluator.use_vectors([vectors[name][0]])
-        [single[name]] = outputs(evaluator, args.metric, [images[name]], [heads[name]], [(lam,) for lam in lambdas])  # (points, N) or (points, N, D)
 
     # ------------------------------------------------------------------ every cell of every pair
     for a, b in todo:
         start = time.perf_counter()
         evaluator.use_vectors([vectors[a][0], vectors[b][0]])
-        xi = error_grid(evaluator, [images[a], images[b]], [heads[a], heads[b]], [single[a], single[b]], lambdas, args.metric)
+        grids = error_grids(evaluator, [images[a], images[b]], [heads[a], heads[b]], lambdas, list(results))
         seconds = time.perf_counter() - start
         inside = np.abs(lambdas) <= 1
         name = f"{a}-{b}"
-        files.save_arrays(folder / args.recipe / stem / f"{name}.npz", xi=xi, lambdas=lambdas)
-        draw(folder / args.recipe / stem / f"{name}.png", xi, lambdas, a, b, f"{args.encoder}, {args.recipe}", args.metric)
-        with files.adding_rows(path, result, "pairs", args.overwrite):
-            done[name] = {"limit": args.limit, "points": args.points, "samples": [len(images[a].rows), len(images[b].rows)],
-                          "mean_xi_in_box": float(xi[np.ix_(inside, inside)].mean()), "xi_at_origin": float(xi[args.points // 2, args.points // 2]),
-                          "max_xi": float(xi.max()), "seconds": seconds, "vectors": [vectors[a][1]["sha256"], vectors[b][1]["sha256"]]}
-        print(f"disentangle {name}: mean xi in [-1, 1]^2 {done[name]['mean_xi_in_box']:.4f}, at the origin {done[name]['xi_at_origin']:g}, "
-              f"n = {done[name]['samples']}, {seconds:.1f} s", flush=True)
+        for metric, xi in grids.items():
+            stem = folder / args.recipe / STEMS[metric]
+            files.save_arrays(stem / f"{name}.npz", xi=xi, lambdas=lambdas)
+            draw(stem / f"{name}.png", xi, lambdas, a, b, f"{args.encoder}, {args.recipe}", metric)
+            with files.adding_rows(stem.with_suffix(".json"), results[metric], "pairs", args.overwrite):
+                results[metric]["pairs"][name] = row = {
+                    "limit": args.limit, "points": args.points, "samples": [len(images[a].rows), len(images[b].rows)],
+                    "mean_xi_in_box": float(xi[np.ix_(inside, inside)].mean()), "xi_at_origin": float(xi[args.points // 2, args.points // 2]),
+                    "max_xi": float(xi.max()), "seconds": seconds, "vectors": [vectors[a][1]["sha256"], vectors[b][1]["sha256"]]}
+            print(f"disentangle {name}, {metric}: mean xi in [-1, 1]^2 {row['mean_xi_in_box']:.4f}, at the origin {row['xi_at_origin']:g}, "
+                  f"n = {row['samples']}, {seconds:.1f} s", flush=True)
 
 
 def choose_pairs(text, names):
@@ -133,30 +136,34 @@ def representation_error(single, merged):
 
 
 ERRORS = {"prediction": disentanglement_error, "representation": representation_error}
+STEMS = {"prediction": "disentangle", "representation": "representation"}  # of each metric's files
 
 
-def outputs(evaluator, metric, splits, heads, settings):
-    """What the metric compares, for each split: predictions (K, N) or features (K, N, D)."""
-    return evaluator.predictions(splits, heads, settings) if metric == "prediction" else evaluator.features(splits, settings)
+def outputs(evaluator, metrics, splits, heads, settings):
+    """{metric: what it compares, for each split: predictions (K, N) or features (K, N, D)}, from one pass over the images."""
+    if metrics == ["prediction"]:
+        return {"prediction": evaluator.predictions(splits, heads, settings)}
+    features = evaluator.features(splits, settings)
+    predictions = [torch.stack([common.predict(row, head) for row in one]) for one, head in zip(features, heads)] if "prediction" in metrics else None
+    return {"representation": features, "prediction": predictions}
 
 
-def error_grid(evaluator, images, heads, single, lambdas, metric="prediction"):
-    """xi (points, points), rows lambda_1 and columns lambda_2.
+def error_grids(evaluator, images, heads, lambdas, metrics):
+    """{metric: xi (points, points)}, rows lambda_1 and columns lambda_2, of the two tasks whose vectors the evaluator holds.
 
-    Where the other task's lambda is 0 the merged encoder is the single-task one, so that term is 0 and is not evaluated.
+    images, heads  two Splits and their heads; lambdas: symmetric around 0, an odd number of them
+    metrics        list of "prediction" and "representation"
     """
-    xi = np.zeros((len(lambdas), len(lambdas)))
+    zero, xi = len(lambdas) // 2, {metric: np.zeros((len(lambdas), len(lambdas))) for metric in metrics}
+    second = outputs(evaluator, metrics, images[1:], heads[1:], [(0.0, lam) for lam in lambdas])  # task 2 with its own vector alone
     for row, first in enumerate(lambdas):                                  # a row at a time bounds the memory that features take
-        columns = [column for column, second in enumerate(lambdas) if second != 0]
-        both = [0, 1] if first != 0 else [0]                               # in the row of lambda_1 = 0 task 2's term is 0
-        merged = outputs(evaluator, metric, [images[t] for t in both], [heads[t] for t in both], [(first, lambdas[column]) for column in columns])
-        for t, found in zip(both, merged):
-            for index, column in enumerate(columns):
-                xi[row, column] += ERRORS[metric](single[t][(row, column)[t]], found[index])
-        if first != 0:                                                     # in the column of lambda_2 = 0 task 1's term is 0
-            zero = len(lambdas) // 2
-            [found] = outputs(evaluator, metric, [images[1]], [heads[1]], [(first, 0.0)])
-            xi[row, zero] += ERRORS[metric](single[1][zero], found[0])
+        both = [0, 1] if row != zero else [0]                              # in the row of lambda_1 = 0 task 2's term is 0
+        merged = outputs(evaluator, metrics, [images[t] for t in both], [heads[t] for t in both], [(first, lam) for lam in lambdas])
+        for metric in metrics:
+            for t, found in zip(both, merged[metric]):
+                for column in range(len(lambdas)):
+                    single = found[zero] if t == 0 else second[metric][0][column]
+                    xi[metric][row, column] += ERRORS[metric](single, found[column])
     return xi
 
 

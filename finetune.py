@@ -141,7 +141,7 @@ def main(args):
         if done:
             with files.adding_rows(path, result, "tasks", args.overwrite):
                 result |= {"recipe": args.recipe, "mean_test": common.mean(row["test"] for row in done.values())}
-            for left in [left for name in done if name in todo for left in (folder / args.recipe / "state").glob(f"{name}-*.safetensors")]:
+            for left in [left for name in done if name in todo for left in (folder / args.recipe / "state").glob(f"{name}-{'?' * 10}.safetensors")]:  # not a task named NAME-MORE
                 left.unlink(missing_ok=True)
     if diverged:
         raise files.Refused(f"training diverged at learning rate {result['lr']:g} on {', '.join(diverged)}; "

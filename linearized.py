@@ -8,11 +8,14 @@ J tau is one forward-mode derivative (torch.func.jvp). It is linear in tau, so t
 every subset and every cell of a heat map by a few additions.
 Source  arXiv:2305.12827 (Ortiz-Jimenez et al.); arXiv:2407.07089 section 3
 """
+import argparse
+
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import common
-from encoders import weights_of
+import ranks
+from encoders import weights_of, width_of
 
 
 def expand(module, theta, tau, images):
@@ -45,29 +48,51 @@ def evaluator(encoder, args, work, alone=False):
 
 
 class LinearizedEvaluator(common.Evaluator):
-    """common.Evaluator for f(x; theta_pre) + sum_t c_t J(x) tau_t: T derivatives per image, whatever the number of settings."""
+    """common.Evaluator for f(x; theta_pre) + sum_t c_t J(x) tau_t: one derivative per image and vector, kept until the vectors
+    change, answers any number of settings in any number of calls."""
 
     def __init__(self, encoder, args, work, alone=False):
-        args = type(args)(**vars(args) | {"compile": "off"})
-        super().__init__(encoder, args, work, alone)
+        super().__init__(encoder, argparse.Namespace(**vars(args) | {"compile": "off"}), work, alone)
 
     def use_vectors(self, vectors):
         self.vectors = [{name: tensor.to(self.device, self.dtype) for name, tensor in vector.items()} for vector in vectors]
+        self.known = {}                                                    # id of a split: (the split, f and each J tau, (1 + T, N, D) float32)
+
+    @torch.inference_mode()
+    def run(self, splits, settings, consume):
+        if not self.vectors:                                               # theta_pre alone
+            super().run(splits, settings, consume)
+            return
+        missing = [split for split in splits if id(split) not in self.known]
+        expanded = [torch.zeros(1 + len(self.vectors), len(split.rows), width_of(self.encoder), device=self.device) for split in missing]
+
+        def keep(k, t, rows, features):
+            expanded[t][k, rows] = features.float()
+
+        if missing:
+            super().run(missing, range(1 + len(self.vectors)), keep)
+            if self.world > 1:
+                ranks.add_up(expanded)
+        self.known |= {id(split): (split, terms) for split, terms in zip(missing, expanded)}
+        for t, split in enumerate(splits):
+            value, *tangents = self.known[id(split)][1]
+            for k, coefficients in enumerate(settings):
+                rows = slice(*self.share(k, len(settings), len(value)))
+                features = sum((float(c) * tangent[rows] for c, tangent in zip(coefficients, tangents, strict=True)), value[rows])
+                consume(k, t, rows, features.to(self.dtype))
 
     def outputs(self, images, settings):
+        if not self.vectors:
+            yield from super().outputs(images, settings)
+            return
         batches = len(images) // self.batch_size
         first, last = batches * self.rank // self.world, batches * (self.rank + 1) // self.world
-        features, tangents = [], [[] for _ in self.vectors]
+        terms = [[] for _ in settings]
         for index in range(first, last):
             batch = self.normalise(images[index * self.batch_size:(index + 1) * self.batch_size]).to(self.dtype)
-            if not self.vectors:
-                features.append(self.module(batch))
-            for t, vector in enumerate(self.vectors):
+            for t, vector in enumerate(self.vectors, 1):
                 value, tangent = expand(self.module, self.slots, vector, batch)
-                tangents[t].append(tangent)
-                if t == 0:
-                    features.append(value)
-        if first < last:
-            features, tangents = torch.cat(features), [torch.cat(tangent) for tangent in tangents]
-            for k, coefficients in enumerate(settings):
-                yield k, first, sum((float(c) * tangent for c, tangent in zip(coefficients, tangents, strict=len(coefficients) > 0)), features)
+                terms[t].append(tangent)
+            terms[0].append(value)
+        for k in settings if first < last else ():
+            yield k, first, torch.cat(terms[k])

@@ -59,7 +59,7 @@ def deal(items):
 
 def add_up(tensors):
     """Sum each tensor over the processes, in place; where all but one hold zeros the result is exact."""
-    for tensor in tensors if world() > 1 else ():
+    for tensor in tensors:
         whole = tensor.float() if tensor.dtype == torch.bfloat16 else tensor  # gloo adds no bfloat16
         dist.all_reduce(whole)
         tensor.copy_(whole)

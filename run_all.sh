@@ -19,7 +19,7 @@ for word in "$@"; do
   if [[ $word == --*=* ]]; then words+=("${word%%=*}" "${word#*=}"); else words+=("$word"); fi
 done
 set -- ${words[@]+"${words[@]}"}
-shared=() report=() pretrain=() probe=() finetune=() merge=() disentangle=() subsets=() aligned=() everything=no attention=no
+shared=() report=() pretrain=() probe=() finetune=() merge=() disentangle=() subsets=() aligned=() everything=no attention=no metric=prediction
 while [ $# -gt 0 ]; do
   case $1 in
     --everything | --attention | --overwrite) ;;
@@ -48,7 +48,7 @@ if [ $everything = yes ]; then
   case $encoder in open_clip:* | vit_*_clip_*) recipes+=(zeroshot zeroshot-full) ;; esac
   subsets=(--subsets 5 ${subsets[@]+"${subsets[@]}"})
 fi
-if [ $attention = yes ]; then recipes+=(attention attention-bias attention-mlp attention-mlp-bias linearized); fi
+if [ $attention = yes ]; then recipes+=(attention attention-bias attention-mlp attention-mlp-bias linearized) metric=both; fi
 if [ "$encoder" = tiny ]; then  # sized for two CPU cores; what is given on the command line comes later and wins
   finetune=(--steps 120 --batch-size 64 ${finetune[@]+"${finetune[@]}"})
   aligned=(--lr 5e-4)  # saves the default study a search; the other recipes make theirs
@@ -63,11 +63,8 @@ for recipe in "${recipes[@]}"; do
   python finetune.py "${stage[@]}" ${given[@]+"${given[@]}"} ${finetune[@]+"${finetune[@]}"}
   python make_vectors.py "${stage[@]}"
   python merge_eval.py "${stage[@]}" ${merge[@]+"${merge[@]}"}
-  python disentangle.py "${stage[@]}" ${disentangle[@]+"${disentangle[@]}"}
-  if [ $attention = yes ]; then
-    python disentangle.py "${stage[@]}" ${disentangle[@]+"${disentangle[@]}"} --metric representation
-    if [ "$recipe" != linearized ]; then python posthoc.py "${stage[@]}"; fi
-  fi
+  python disentangle.py "${stage[@]}" ${disentangle[@]+"${disentangle[@]}"} --metric $metric
+  if [ $attention = yes ] && [ "$recipe" != linearized ]; then python posthoc.py "${stage[@]}"; fi
   if [ ${#subsets[@]} -gt 0 ]; then python merge_eval.py "${stage[@]}" ${merge[@]+"${merge[@]}"} "${subsets[@]}"; fi
 done
 python report.py ${report[@]+"${report[@]}"}

@@ -83,7 +83,12 @@ def test_one_pass_gives_the_counts_of_each_lambda_on_its_own(small_encoder, line
     assert isinstance(evaluator, linearized.LinearizedEvaluator)
     evaluator.use_vectors(vectors)
     at_once = evaluator.hits(splits, heads, settings)
-    assert at_once == [[evaluator.hits([split], [head], [setting])[0][0] for setting in settings] for split, head in zip(splits, heads)]
+
+    def alone(split, head, setting):
+        evaluator.use_vectors(vectors)                                     # forgets what it has computed
+        return evaluator.hits([split], [head], [setting])[0][0]
+
+    assert at_once == [[alone(split, head, setting) for setting in settings] for split, head in zip(splits, heads)]
     theta = encoders.weights_of(small_encoder.module)
     for split, head, counts in zip(splits, heads, at_once):
         pixels = (torch.from_numpy(split.images).float() / 255 - 0.5) / 0.5
@@ -93,6 +98,20 @@ def test_one_pass_gives_the_counts_of_each_lambda_on_its_own(small_encoder, line
                 value, jvp = torch.func.linearize(lambda weights: torch.func.functional_call(small_encoder.module, weights, (pixels,)), theta)
             assert abs(int((common.predict(value + jvp(tau), head) == torch.from_numpy(split.labels)).sum()) - count) <= 1
     assert len(set(at_once[0])) > 1
+
+
+def test_a_linear_heat_map_takes_one_derivative_per_batch_and_vector(small_encoder, linear_args, monkeypatch):
+    import disentangle
+    splits, heads = [random_split(40, 4, seed) for seed in (0, 1)], [common.random_head(32, 4, torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    evaluator, calls, expand = linearized.evaluator(small_encoder, linear_args, 0), [], linearized.expand
+    monkeypatch.setattr(linearized, "expand", lambda *given: calls.append(1) or expand(*given))
+    evaluator.use_vectors([random_vector(small_encoder, seed, 0.3) for seed in (5, 6)])
+    xi = disentangle.error_grids(evaluator, splits, heads, np.linspace(-1, 1, 5), ["prediction", "representation"])
+    assert len(calls) == 2 * 2 * 2 and xi["prediction"].max() > 0          # two sets of images of two batches, two vectors
+    assert evaluator.hits(splits[:1], heads[:1], [(0.5, 0.5)]) and len(calls) == 8
+    evaluator.use_vectors([random_vector(small_encoder, 5, 0.3)])
+    evaluator.hits(splits, heads, [(0.5,), (1.0,)])
+    assert len(calls) == 8 + 3                                             # another vector: anew, 80 images in three batches
 
 
 def test_representation_error_is_the_mean_kl_divergence_of_the_single_from_the_merged():
@@ -110,14 +129,17 @@ def test_the_grid_of_representations_agrees_with_a_loop_over_its_cells(small_enc
     images, vectors, lambdas = [random_split(40, 4, seed) for seed in (0, 1)], [random_vector(small_encoder, seed, 0.2) for seed in (2, 3)], np.linspace(-1, 1, 3)
     evaluator = common.Evaluator(small_encoder, args, 0)
     evaluator.use_vectors(vectors)
+    heads = [common.random_head(32, 4, torch.Generator().manual_seed(seed)) for seed in (0, 1)]
     single = [evaluator.features([images[t]], [tuple(lam * (t == own) for own in (0, 1)) for lam in lambdas])[0] for t in (0, 1)]
-    xi = disentangle.error_grid(evaluator, images, [None, None], single, lambdas, "representation")
+    xi = disentangle.error_grids(evaluator, images, heads, lambdas, ["prediction", "representation"])
     for row, first in enumerate(lambdas):
         for column, second in enumerate(lambdas):
             merged = [evaluator.features([split], [(first, second)])[0][0] for split in images]
             terms = [disentangle.representation_error(single[0][row], merged[0]), disentangle.representation_error(single[1][column], merged[1])]
-            assert xi[row, column] == pytest.approx(sum(terms), abs=1e-6)
-    assert xi[1, 1] == 0 and xi.max() > 0.01
+            assert xi["representation"][row, column] == pytest.approx(sum(terms), abs=1e-6)
+    assert xi["representation"][1, 1] == 0 and xi["representation"].max() > 0.01
+    for metric in xi:  # one pass for both gives what each gives on its own
+        np.testing.assert_array_equal(disentangle.error_grids(evaluator, images, heads, lambdas, [metric])[metric], xi[metric])
 
 
 @pytest.mark.parametrize("recipe, wanted", [
@@ -144,7 +166,7 @@ def test_attention_and_linearized_go_through_every_stage(study, tmp_path):
         perform("finetune", *shared, "--steps", "6", "--batch-size", "32", "--lr", "1e-3")
         perform("make_vectors", *shared)
         perform("merge_eval", *shared, "--lambdas", "5")
-        for metric in ("prediction", "representation"):
+        for metric in ("prediction", "both"):                              # the second adds what the first left out
             perform("disentangle", *shared, "--points", "3", "--samples", "40", "--metric", metric)
     perform("posthoc", *shared[:-1], "attention", "--images-per-task", "100")
     with pytest.raises(files.Refused, match="linear already"):

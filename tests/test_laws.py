@@ -156,12 +156,8 @@ def test_disentanglement_error_laws(small_encoder, args):
     evaluator = common.Evaluator(small_encoder, args, 0)
 
     def grid(order):
-        single = []
-        for t in order:
-            evaluator.use_vectors([vectors[t]])
-            single += evaluator.predictions([images[t]], [heads[t]], [(lam,) for lam in lambdas])
         evaluator.use_vectors([vectors[t] for t in order])
-        return disentangle.error_grid(evaluator, [images[t] for t in order], [heads[t] for t in order], single, lambdas)
+        return disentangle.error_grids(evaluator, [images[t] for t in order], [heads[t] for t in order], lambdas, ["prediction"])["prediction"]
 
     xi = grid([0, 1])
     assert xi[2, 2] == 0 and xi.min() >= 0 and 0.1 < xi.max() <= 2
