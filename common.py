@@ -810,12 +810,12 @@ def forward_flops(encoder):
 # ---------------------------------------------------------------------------------------------- pictures
 
 
-def figure(width, height, rows=1, columns=1):
-    """A matplotlib figure of width x height inches and its axes (an array of them where there are several), without a window system."""
+def figure(width, height, rows=1, columns=1, squeeze=True):
+    """A matplotlib figure of width x height inches and its axes (an array of them where there are several or squeeze is False), without a window system."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained")
+    return plt.subplots(rows, columns, figsize=(width, height), squeeze=squeeze, layout="constrained")
 
 
 def heat_map(axes, xi, lambdas, top=2):

@@ -301,14 +301,32 @@ def is_second(recipe):
 
 
 def second_paper(found, merges, folders, out):
-    """Blocks: accuracies by what trains, non-linear advantage, post-hoc linearization, disentanglement of representations, cosines."""
-    rows = [[encoder, recipe, len(merge["config"]["tasks"]), sum(merge["test"]["n"].values()), percent(common.mean(merge["single_task"].values())),
-             percent(merge["test"]["absolute"]), percent(merge["test"]["normalized"]), f"{merge['best_lambda']:g}"]
-            for (encoder, recipe), merge in merges.items() if is_second(recipe) or recipe in ("aligned", "zeroshot", "full")]
-    rows += [[f"paper, {encoder}, zero-shot head", trained, 8, "", "" if single is None else f"{single:.1f}", f"{absolute:.1f}", f"{normalized:.1f}", ""]
+    """Blocks: accuracies by what trains, cost, non-linear advantage, post-hoc linearization, disentanglement by both metrics, cosines."""
+    rows = []
+    for (encoder, recipe), merge in merges.items():
+        if is_second(recipe) or recipe in ("aligned", "zeroshot", "full"):
+            single, base, curve = common.mean(merge["single_task"].values()), merges.get((encoder, base_recipe(recipe))), merge["val"]["normalized"]
+            near = [lam for lam, value in zip(merge["lambdas"], curve) if value > max(curve) - 0.02]
+            advantage = f"{100 * (common.mean(base['single_task'].values()) - single):+.1f}" if base and is_second(recipe) and base["config"]["tasks"] == merge["config"]["tasks"] else ""
+            rows.append([encoder, recipe, len(merge["config"]["tasks"]), sum(merge["test"]["n"].values()), percent(single), advantage, percent(merge["test"]["absolute"]),
+                         percent(merge["test"]["normalized"]), f"{merge['best_lambda']:g}", f"{min(near):g} to {max(near):g}"])
+    rows += [[f"paper, {encoder}, zero-shot head", trained, 8, "", "" if single is None else f"{single:.1f}", "", f"{absolute:.1f}", f"{normalized:.1f}", "", ""]
              for encoder, trained, single, absolute, normalized in PAPER_2]
     blocks = [("heading2", "Which parameters train, and linearization (arXiv:2407.07089 Tables 2 and 5)"),
-              ("table", ["encoder", "recipe", "tasks", "n", "single task", "addition", "normalized", "lambda"], rows)]
+              ("table", ["encoder", "recipe", "tasks", "n", "single task", "non-linear advantage", "addition", "normalized", "lambda", "lambdas within 2 points"], rows),
+              ("text", "Non-linear advantage: single-task accuracy of training all parameters, with the same kind of head, minus the recipe's. Robustness to lambda (Figure 9) is the width of "
+                       "the last column: the lambdas whose normalized validation accuracy is within two points of the best; curves.png above shows them all.")]
+    rows = []
+    for (encoder, recipe), results in found.items():
+        base = found.get((encoder, base_recipe(recipe)), {}).get("finetune.json")
+        if is_second(recipe) and base and results.get("finetune.json", {}).get("tasks"):
+            own, full = [median_cost(result) for result in (results["finetune.json"], base)]
+            rows.append([encoder, recipe, f"{own[0]:,}", f"{own[0] / full[0]:.2f}", f"{own[1]:.3f}", f"{own[1] / full[1]:.2f}", f"{own[2] / 2 ** 20:.0f}", f"{own[2] / full[2]:.2f}"])
+    if rows:
+        rows += [["paper, Flan-T5-base", "attention", "63,700,000", "0.29", "", "0.58", "850", "1.00"], ["paper, Flan-T5-base", "linearized", "222,000,000", "1.00", "", "2.32", "1795", "2.11"]]
+        blocks += [("heading2", "Cost against training all parameters (arXiv:2407.07089 Table 4)"),
+                   ("table", ["encoder", "recipe", "parameters trained", "ratio", "s per step", "ratio", "peak memory, MiB", "ratio"], rows),
+                   ("text", "Medians over tasks; on a CPU the memory is that of the whole process, images and libraries included.")]
     tuned = {key: results["finetune.json"]["tasks"] for key, results in found.items() if results.get("finetune.json", {}).get("tasks")}
     points = {(encoder, recipe): [(tuned[encoder, base][name]["test"], row["test"]) for name, row in rows.items() if name in tuned[encoder, base]]
               for (encoder, recipe), rows in tuned.items() if is_second(recipe) for base in [base_recipe(recipe)] if (encoder, base) in tuned}
@@ -322,19 +340,23 @@ def second_paper(found, merges, folders, out):
                    ("table", ["encoder", "recipe", "tasks", "n", "fine-tuned", "linearized after the fact"],
                     [[encoder, recipe, len(rows), sum(row["n"] for row in rows.values()), *[percent(common.mean(row[kind] for row in rows.values())) for kind in ("nonlinear", "linearized")]]
                      for (encoder, recipe), rows in ((key, found[key]["posthoc.json"]["tasks"]) for key in posthoc)])]
-    there = {key: results["representation.json"]["pairs"] for key, results in found.items() if "representation.json" in results}
-    for pair in sorted({pair for pairs in there.values() for pair in pairs}):
-        grids = {key: folders[key[0]] / key[1] / "representation" / f"{pair}.npz" for key, pairs in there.items() if pair in pairs}
-        grids = {key: path for key, path in grids.items() if path.exists()}
-        if len(grids) > 1:
-            top = max(there[key][pair]["max_xi"] for key in grids)
-            blocks += [("picture", draw_panels(out / f"representation-{pair}.png", pair, grids, top)),
-                       ("text", f"Disentanglement of representations, {pair}: KL divergence in nats, one colour scale.")]
-    cosines = {key: results["vectors.json"] for key, results in found.items() if "vectors.json" in results}
-    blocks += [("table", ["encoder", "recipe", "mean cosine of two tasks", "largest"],
-                [[encoder, recipe, f"{common.mean(off):.3f}", f"{max(off):.3f}"] for (encoder, recipe), vectors in cosines.items()
-                 for off in [[vectors["cosine"][i][j] for i in range(len(vectors["tasks"])) for j in range(i)]] if off])]
+    compared = {key: folders[key[0]] / key[1] for key in found if is_second(key[1]) or key[1] == base_recipe(key[1])}
+    for encoder in dict.fromkeys(encoder for encoder, _ in compared):
+        there = {recipe: folder for (other, recipe), folder in compared.items() if other == encoder}
+        for pair in sorted({path.stem for folder in there.values() for path in (folder / "representation").glob("*.npz")}):
+            blocks += [("picture", draw_metrics(out / f"metrics-{folders[encoder].name}-{pair}.png", encoder, pair, there)),
+                       ("text", f"Disentanglement of {pair}, {encoder} (Figures 6 and 8): above of representations, KL divergence in nats, below of predictions; one colour scale for each row.")]
+        cosines = {recipe: found[encoder, recipe]["vectors.json"] for recipe in there if "vectors.json" in found[encoder, recipe]}
+        if cosines:
+            blocks += [("picture", draw_cosines(out / f"cosines-{folders[encoder].name}.png", encoder, cosines)),
+                       ("text", f"Cosine of task vectors, {encoder} (Figure 10); in the titles its mean and maximum over pairs.")]
     return blocks
+
+
+def median_cost(finetune):
+    """(parameters trained, seconds per step, peak bytes) of a fine-tuning, medians over its tasks."""
+    trained, seconds, peak = (np.median([row[key] for row in finetune["tasks"].values()]) for key in ("trainable_params", "seconds", "peak_memory_bytes"))
+    return int(trained), seconds / finetune["config"]["steps"], peak
 
 
 def base_recipe(recipe):
@@ -373,14 +395,58 @@ def draw_panels(path, pair, grids, top):
     for axes in panels.flat[len(grids):]:
         axes.set_axis_off()
     for axes, ((encoder, recipe), grid) in zip(panels.flat, grids.items()):
-        try:
-            with np.load(grid, allow_pickle=False) as arrays:
-                xi, lambdas = arrays["xi"], arrays["lambdas"]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise files.Refused(f'{grid} cannot be read ({error}): delete it and run "python disentangle.py {encoder} --recipe {recipe} --overwrite" again') from error
-        image = common.heat_map(axes, xi, lambdas, top)
+        image = common.heat_map(axes, *read_grid(grid, encoder, recipe), top)
         axes.set_title(f"{encoder.removeprefix('timm:')}\n{recipe}", fontsize=8)
     fig.colorbar(image, ax=panels, label=f"xi of {pair}")
+    common.save_figure(path, fig)
+    return path
+
+
+def draw_metrics(path, encoder, pair, there):
+    """A column for each recipe in there, {recipe: folder}, a row for each metric that has this pair, and a colour scale for each row."""
+    grids = {label: {recipe: read_grid(grid, encoder, recipe) for recipe, folder in there.items() if (grid := folder / stem / f"{pair}.npz").exists()}
+             for label, stem in (("KL of representations, nats", "representation"), ("xi of predictions", "disentangle"))}
+    grids = {label: row for label, row in grids.items() if row}
+    columns = list(dict.fromkeys(recipe for row in grids.values() for recipe in row))
+    fig, panels = common.figure(2.5 * len(columns) + 1.2, 2.7 * len(grids), len(grids), len(columns), squeeze=False)
+    for line, (label, row) in zip(panels, grids.items()):
+        top = 2 if label.startswith("xi") else max(xi.max() for xi, _ in row.values())
+        for axes, recipe in zip(line, columns):
+            axes.set_title(recipe, fontsize=8)
+            if recipe in row:
+                image = common.heat_map(axes, *row[recipe], top)
+            else:
+                axes.set_axis_off()
+        fig.colorbar(image, ax=list(line), label=label)
+    common.save_figure(path, fig)
+    return path
+
+
+def read_grid(path, encoder, recipe):
+    """(xi, lambdas) of a heat map."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays["xi"], arrays["lambdas"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise files.Refused(f'{path} cannot be read ({error}): delete it and run "python disentangle.py {encoder} --recipe {recipe} --overwrite" again') from error
+
+
+def draw_cosines(path, encoder, cosines):
+    """One matrix over tasks for each recipe, on a colour scale that ends at the largest off the diagonals."""
+    matrices = {recipe: (np.array(vectors["cosine"]), vectors["tasks"]) for recipe, vectors in cosines.items()}
+    off = {recipe: matrix[~np.eye(len(matrix), dtype=bool)] for recipe, (matrix, _) in matrices.items()}
+    top = max((np.abs(values).max() for values in off.values() if len(values)), default=1)
+    columns = min(4, len(matrices))
+    rows = -(-len(matrices) // columns)
+    fig, panels = common.figure(3.2 * columns + 0.8, 3.4 * rows, rows, columns, squeeze=False)
+    for axes in panels.flat[len(matrices):]:
+        axes.set_axis_off()
+    for axes, (recipe, (matrix, tasks)) in zip(panels.flat, matrices.items()):
+        image = axes.imshow(matrix, cmap="RdBu_r", vmin=-top, vmax=top)
+        axes.set_xticks(range(len(tasks)), tasks, rotation=90, fontsize=7)
+        axes.set_yticks(range(len(tasks)), tasks, fontsize=7)
+        axes.set_title(f"{recipe}\nmean {off[recipe].mean():.3f}, largest {off[recipe].max():.3f}" if len(off[recipe]) else recipe, fontsize=8)
+    fig.colorbar(image, ax=panels, label=f"cosine, {encoder}", extend="max")
     common.save_figure(path, fig)
     return path
 

@@ -173,7 +173,8 @@ def test_attention_and_linearized_go_through_every_stage(study, tmp_path):
         perform("posthoc", *shared)
     perform("report", "--runs", runs)
     report = (runs / "report/report.md").read_text()
-    assert report.count("representation-glyphs-signs.png") == 1 and "advantage.png" in report and "posthoc.png" in report
+    assert all(report.count(f"]({name}.png)") == 1 for name in ("metrics-tiny-glyphs-signs", "cosines-tiny", "advantage", "posthoc"))
+    assert re.search(r"\| tiny \| linearized \| [\d,]+ \| 1.00 \| [\d.]+ \| [\d.]+ \|", report)  # its cost against aligned
     assert "| tiny | attention | 2 | 200 |" in report and "python posthoc.py" in report
     tuned, _ = files.load_tensors(runs / "tiny/attention/finetuned/glyphs.safetensors", "")
     assert tuned and all(re.search(common.ATTENTION, name) and not torch.equal(tensor, pre[name]) for name, tensor in tuned.items())
