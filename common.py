@@ -33,7 +33,7 @@ from tqdm import tqdm
 import ranks
 import tiny
 from encoders import ENCODERS, weights_of, width_of
-from files import (Refused, block_checksums, checksum, file_metadata, fingerprint, flag_parser, go_offline_if_unreachable, load_tensors, make_room,
+from files import (Refused, block_checksums, check_downloads, checksum, file_metadata, fingerprint, flag_parser, go_offline_if_unreachable, load_tensors, make_room,
                    replacing, save_tensors)
 
 # ---------------------------------------------------------------------------------------------- flags and devices
@@ -346,6 +346,10 @@ def read_dataset(name, source):
     try:
         with warnings.catch_warnings(action="ignore"):
             found = datasets.load_dataset(path, config)
+        if not is_local:
+            check_downloads(path, "dataset")
+    except Refused:
+        raise
     except Exception as error:  # datasets and its backends raise a dozen types for a bad folder or an unreachable hub
         reason = f"{type(error).__name__}: {error}"[:300]
         raise Refused(f"task {name}: {path} does not load as a data set of parquet files or image folders ({reason})" if is_local else

@@ -51,7 +51,7 @@ def main(args):
     results, todo = {}, {}                                                 # for each metric
     for metric in ("prediction", "representation") if args.metric == "both" else (args.metric,):
         path = folder / args.recipe / f"{STEMS[metric]}.json"
-        result = files.open_result(path, config, args.overwrite, device)
+        result = files.open_result(path, config, args.overwrite, device, [f"{a}-{b}" for a, b in pairs])
         done = result.setdefault("pairs", {})
         missing = [(a, b) for a, b in pairs if done.get(f"{a}-{b}", {}).get("vectors") != [vectors[a][1]["sha256"], vectors[b][1]["sha256"]]]
         if missing:

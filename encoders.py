@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 import ranks
-from files import Refused, go_offline_if_unreachable, load_tensors, save_tensors
+from files import Refused, check_downloads, go_offline_if_unreachable, load_tensors, save_tensors
 
 
 class Encoder(NamedTuple):
@@ -143,8 +143,11 @@ def build_timm(args, name):
     if args.encoder == "vit_b16_clip_laion400m" and not file:
         from huggingface_hub import hf_hub_download
         file = hf_hub_download(*CLIP_400M_FILE)
+        check_downloads(CLIP_400M_FILE[0])
     overlay = {"pretrained_cfg_overlay": {"file": str(file)}} if file else {}
     module = timm.create_model(name, pretrained=True, **kwargs, **overlay)  # its own number of classes, so timm loads strictly
+    if not file and config.hf_hub_id:
+        check_downloads(config.hf_hub_id)
     if "_clip_" in name and "_ft_" not in name:
         kwargs["num_classes"] = module.num_classes
     else:
@@ -161,10 +164,12 @@ def build_open_clip(args, name):
     if arch not in open_clip.list_models():
         near = difflib.get_close_matches(arch, open_clip.list_models(), n=3)
         raise Refused(f"unknown encoder open_clip:{name}{'; did you mean ' + ' or '.join(near) + '?' if near else ''}")
-    kwargs = {"force_image_size": args.image_size} if args.image_size else {}
-    if open_clip.get_pretrained_cfg(arch, tag).get("quick_gelu"):
+    kwargs, config = {"force_image_size": args.image_size} if args.image_size else {}, open_clip.get_pretrained_cfg(arch, tag)
+    if config.get("quick_gelu"):
         kwargs["force_quick_gelu"] = True
     module = open_clip.create_model(arch, pretrained=str(args.weights) if args.weights else tag, **kwargs).visual
+    if not args.weights and config.get("hf_hub"):
+        check_downloads("/".join(config["hf_hub"].split("/")[:2]))
     config = module.preprocess_cfg
     size = config["size"] if isinstance(config["size"], int) else config["size"][0]
     return module, {"architecture": {"library": "open_clip", "name": arch, "kwargs": kwargs}, "size": size,

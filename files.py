@@ -264,14 +264,38 @@ def read_json(path, made_by):
     return result
 
 
-def open_result(path, config, overwrite, device):
-    """The result of an earlier run with the same settings, to be continued, or a new one.
+CLAIMS = {}  # open files that hold this process's claims
+
+
+def claim(path, rows):
+    """Wait until no other process works on these rows (names) of the result at `path`, then keep others waiting until this one ends.
+
+    A claim is a lock on one byte of a file .claims, which the system takes back from a process however it ends.
+    """
+    claims = path.parents[1] / ".claims"
+    if claims not in CLAIMS:
+        claims.parent.mkdir(parents=True, exist_ok=True)
+        CLAIMS[claims] = open(claims, "ab")
+    for place in sorted(int(checksum([path.parent.name, path.name, row])[:12], 16) for row in rows):  # in one order, so that no two wait for each other
+        try:
+            fcntl.lockf(CLAIMS[claims], fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+        except (BlockingIOError, PermissionError):
+            print(f"{path}: another process is at work on it, waiting until that ends", flush=True)
+            fcntl.lockf(CLAIMS[claims], fcntl.LOCK_EX, 1, place)
+
+
+def open_result(path, config, overwrite, device, rows=("",)):
+    """The result of an earlier run with the same settings, to be continued, or a new one; it, or the `rows` given, is this process's own until it ends.
 
     config   dict of every setting that changes the numbers (JSON values)
+    rows     names of the rows that are about to be made, where several processes may fill one result
     Returns  dict with "config", "command" and "machine", ready for the stage's own keys
     Errors   Refused if `path` holds a result of other settings; they are named
     """
     config = json.loads(json.dumps(config))
+    if ranks.rank() == 0:
+        claim(path, rows)
+    ranks.wait()
     result = {} if overwrite or not path.exists() else read_json(path, "the same command")
     there, differ = result.get("config", {}), []
     for key, asked in config.items() if result else ():
@@ -301,6 +325,20 @@ def go_offline_if_unreachable():
         utils.get_session().head(constants.ENDPOINT, timeout=5)
     except Exception:  # another HTTP library, with other error types, in every major version of huggingface_hub
         constants.HF_HUB_OFFLINE = True
+
+
+def check_downloads(repo, kind="model"):
+    """Refused, and the file deleted, where what the hub's client keeps of a repository is not what the hub says it is.
+
+    The hub names large files (weights, data) by their SHA-256, and its cache keeps them under that name; the client itself compares sizes only.
+    """
+    from huggingface_hub import constants
+    for blob in sorted(Path(constants.HF_HUB_CACHE, f"{kind}s--{repo.replace('/', '--')}", "blobs").glob("[0-9a-f]" * 64)):
+        with open(blob, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != blob.name:
+            blob.unlink()
+            raise Refused(f"a download from {repo} is damaged (SHA-256 {found[:12]}, the hub says {blob.name[:12]}): it was deleted, run the same command again")
 
 
 def cpu_name():

@@ -52,7 +52,7 @@ def main(args):
               "steps": args.steps, "batch_size": args.batch_size, "lr": args.lr or "search", "weight_decay": WEIGHT_DECAY,
               "seed": args.seed, "dtype": str(common.pick_dtype(args.dtype, device)[0])[6:]}
     path, recipe = folder / args.recipe / "finetune.json", common.RECIPES[args.recipe]
-    result = files.open_result(path, config, args.overwrite, device)
+    result = files.open_result(path, config, args.overwrite, device, sources)
     common.check_search(path, result, search)
     done = result.setdefault("tasks", {})
     if recipe.head == "probed":

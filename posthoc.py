@@ -34,7 +34,7 @@ def main(args):
               "seed": args.seed, "dtype": str(common.pick_dtype(args.dtype, device)[0])[6:]}
     path = folder / args.recipe / "posthoc.json"
     vectors = {name: common.load_vector(folder, args.recipe, name, encoder) for name in sources}
-    result = files.open_result(path, config, args.overwrite, device)
+    result = files.open_result(path, config, args.overwrite, device, sources)
     done = result.setdefault("tasks", {})
     todo = [name for name in sources if done.get(name, {}).get("vector") != vectors[name][1]["sha256"]]
     if not todo:

@@ -37,7 +37,7 @@ def main(args):
     config = {"encoder": args.encoder, "theta_pre": encoder.theta_pre, "image_size": encoder.size, "steps": args.probe_steps,
               "lr": args.probe_lr or "search", "batch_size": BATCH_SIZE, "weight_decay": WEIGHT_DECAY, "seed": args.seed,
               "dtype": str(common.pick_dtype(args.dtype, device)[0])[6:]}
-    result = files.open_result(folder / "probe.json", config, args.overwrite, device)
+    result = files.open_result(folder / "probe.json", config, args.overwrite, device, sources)
     common.check_search(folder / "probe.json", result, search)
     done = result.setdefault("tasks", {})
     tasks = {name: common.load_task(name, source, encoder, args) for name, source in sources.items()}

@@ -11,7 +11,7 @@ import re
 import torch
 import torch.nn.functional as F
 
-from files import Refused, go_offline_if_unreachable
+from files import Refused, check_downloads, go_offline_if_unreachable
 
 TEMPLATES = {
     "cars": ["a photo of a {}.", "a photo of the {}.", "a photo of my {}.", "a photo of my new {}.", "a photo of my old {}."],
@@ -54,8 +54,11 @@ def text_tower(args, encoder):
             from encoders import CLIP_400M_FILE
             from huggingface_hub import hf_hub_download
             source = hf_hub_download(*CLIP_400M_FILE)
-        kwargs = {"force_quick_gelu": True} if open_clip.get_pretrained_cfg(arch, tag).get("quick_gelu") else {}
-        model = open_clip.create_model(arch, pretrained=source, **kwargs).eval()
+            check_downloads(CLIP_400M_FILE[0])
+        config = open_clip.get_pretrained_cfg(arch, tag)
+        model = open_clip.create_model(arch, pretrained=source, **({"force_quick_gelu": True} if config.get("quick_gelu") else {})).eval()
+        if source == tag and config.get("hf_hub"):
+            check_downloads("/".join(config["hf_hub"].split("/")[:2]))
     except Refused:
         raise
     except Exception as error:  # the hub client and torch's unpickler raise many types

@@ -13,6 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+import files
+
 TASKS = ["glyphs", "signs", "textures"]
 SMALL = ["--tasks", ",".join(TASKS), "--pretrain-steps", "80", "--probe-steps", "300", "--steps", "20", "--batch-size", "32",
          "--points", "5", "--samples", "100"]
@@ -39,8 +41,7 @@ def snapshot(folder):
 
 def refuse(name, *words):
     """Call a stage's main in this process; returns the refusal's text. Any other exception, or none, fails the test."""
-    from files import Refused
-    with pytest.raises(Refused) as refusal:
+    with pytest.raises(files.Refused) as refusal:
         perform(name, *words)
     return str(refusal.value)
 
@@ -49,7 +50,10 @@ def perform(name, *words):
     """Call a stage's main in this process with command-line words."""
     module, words = importlib.import_module(name), [str(word) for word in words]
     with mock.patch.object(sys, "argv", [f"{name}.py", *words]):
-        module.main(module.parse_args())
+        try:
+            module.main(module.parse_args())
+        finally:
+            files.CLAIMS.clear()                                           # closed, as when a process ends
 
 
 @pytest.fixture(scope="session")

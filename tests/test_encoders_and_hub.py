@@ -141,6 +141,44 @@ def test_probe_runs_from_a_hub_under_the_real_names(tmp_path):
     assert all(torch.equal(theta_pre[key], model.state_dict()[key]) for key in theta_pre if key != "pos_embed")
 
 
+def test_damaged_downloads_are_deleted_and_refused(tmp_path, monkeypatch):
+    import hashlib
+
+    import files
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    blobs, content = tmp_path / "datasets--tanganke--dtd/blobs", b"parquet" * 1000
+    blobs.mkdir(parents=True)
+    (blobs / hashlib.sha256(content).hexdigest()).write_bytes(content)
+    (blobs / hashlib.sha1(b"README").hexdigest()).write_bytes(b"git names its small files otherwise")
+    files.check_downloads("tanganke/dtd", "dataset")
+    damaged = blobs / hashlib.sha256(content).hexdigest()
+    damaged.write_bytes(content[:-1] + b"T")
+    with pytest.raises(Refused, match="tanganke/dtd is damaged"):
+        files.check_downloads("tanganke/dtd", "dataset")
+    assert len(list(blobs.iterdir())) == 1 and not damaged.exists()
+
+
+def test_a_damaged_download_of_an_encoder_is_refused_then_fetched_again(tmp_path):
+    import hashlib
+
+    import timm
+    write_timm_model(tmp_path / "hub", timm.create_model("vit_tiny_patch16_224", depth=12))
+    name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    whole = (tmp_path / "hub/model.safetensors").read_bytes()
+    home, words = tmp_path / "home", [sys.executable, "-c", f"import sys, encoders, common, files\nfiles.run(encoders.load_encoder, lambda: common.stage_parser('').parse_args(sys.argv[1:]))",
+                                      f"timm:{name}", "--runs", tmp_path / "runs", "--image-size", "32"]
+    with serve({f"timm/{name}": tmp_path / "hub"}) as (url, seen):
+        (tmp_path / "hub/model.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # a bit of the last weight, on the way
+        first = stage(*words, env=client_environment(url, home))
+        assert first.returncode == 2 and f"a download from timm/{name} is damaged" in first.stderr, first.stderr
+        assert not list(home.rglob(hashlib.sha256(whole).hexdigest())) and not (tmp_path / "runs").exists()
+        (tmp_path / "hub/model.safetensors").write_bytes(whole)
+        second = stage(*words, env=client_environment(url, home))
+    assert second.returncode == 0, second.stderr
+    assert list(tmp_path.glob("runs/*/pretrained.safetensors"))
+
+
 def test_without_a_network_what_is_wanted_and_how_to_give_it_is_said_at_once(tmp_path):
     environment = client_environment("http://127.0.0.1:9", tmp_path / "home")
     start = time.perf_counter()

@@ -1,11 +1,14 @@
 """Several processes share the work with the results of one; killed processes lose nothing."""
+import fcntl
 import json
 import shutil
+import subprocess
 import sys
+import time
 
 import torch
 import two_processes
-from conftest import stage
+from conftest import ROOT, TASKS, stage
 from soak import numbers
 
 
@@ -56,6 +59,26 @@ def test_rows_another_job_wrote_meanwhile_are_kept(tmp_path):
     with files.adding_rows(path, other, "tasks", overwrite=True):
         other["tasks"]["svhn"] = {"test": 0.5}
     assert set(json.loads(path.read_text())["tasks"]) == {"svhn"}
+
+
+def test_a_second_process_waits_for_the_first_and_finds_its_result(copy):
+    import files
+    path = copy / "tiny/aligned/merge.json"
+    whole = path.read_text()
+    path.unlink()
+    files.claim(path, [""])                                                # this process is the first
+    second = subprocess.Popen([sys.executable, "-u", "merge_eval.py", "tiny", "--runs", copy, "--tasks", ",".join(TASKS)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    said = []
+    for line in second.stdout:
+        said.append(line)
+        if "merge.json: another process is at work on it" in line:
+            break
+    time.sleep(1)
+    assert second.poll() is None and not path.exists(), "".join(said)
+    path.write_text(whole)
+    fcntl.lockf(files.CLAIMS.pop(copy / "tiny/.claims"), fcntl.LOCK_UN)    # as when the first process ends
+    rest = second.communicate()[0]
+    assert second.returncode == 0 and "nothing to do" in rest and path.read_text() == whole, rest
 
 
 def test_killed_anywhere_then_rerun_equals_uninterrupted():
