@@ -90,7 +90,7 @@ def main(args):
     evaluator.use_vectors(evaluator.vectors[:2])
     lambdas = np.linspace(-1, 1, 3 if args.quick else 5)
     cells = len(lambdas) ** 2 * 2 * args.images                            # images evaluated for the grid
-    grid = [cells / seconds for seconds in repeat(args, lambda: disentangle.error_grids(evaluator, splits[:2], heads[:2], lambdas, ["prediction"]), device)]
+    grid = [cells / seconds for seconds in repeat(args, lambda: list(disentangle.error_rows(evaluator, splits[:2], heads[:2], lambdas, ["prediction"])), device)]
 
     # ------------------------------------------------------------------ (f) the search of a linearized encoder: one pass, or a pass for each lambda
     linear = linearized.evaluator(encoder, argparse.Namespace(**vars(args) | {"recipe": "linearized"}), 0)

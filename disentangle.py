@@ -6,7 +6,8 @@ Weight disentanglement: how often adding another task's vector changes a task's 
     python disentangle.py tiny --metric both --points 15 --limit 2    # predictions and representations from one pass
 
 Reads   runs/ENCODER/pretrained.safetensors, heads/ (probe.py), RECIPE/vectors/TASK.safetensors (make_vectors.py)
-Writes  runs/ENCODER/RECIPE/disentangle/A-B.npz and .png, disentangle.json; of the metric representation representation/ and representation.json
+Writes  runs/ENCODER/RECIPE/disentangle/A-B.npz and .png, disentangle.json; of the metric representation representation/ and representation.json;
+        while it works state/disentangle-A-B.json with the finished rows, from which the same command goes on
 Source  arXiv:2511.14569 section 4.1 and Figure 1: xi is the sum of both tasks' terms, in [0, 2]; of representations arXiv:2407.07089
         section 4: the mean over images of KL(softmax f(x; theta_pre + lambda_t tau_t) || softmax f(x; both)), summed over both tasks
 """
@@ -75,11 +76,16 @@ def main(args):
     for a, b in todo:
         start = time.perf_counter()
         evaluator.use_vectors([vectors[a][0], vectors[b][0]])
-        grids = error_grids(evaluator, [images[a], images[b]], [heads[a], heads[b]], lambdas, list(results))
-        seconds = time.perf_counter() - start
-        inside = np.abs(lambdas) <= 1
-        name = f"{a}-{b}"
-        for metric, xi in grids.items():
+        name, inside = f"{a}-{b}", np.abs(lambdas) <= 1
+        state_path = folder / args.recipe / "state" / f"disentangle-{name}.json"
+        state = files.half_done(state_path, config | {"metrics": list(results), "vectors": [vectors[a][1]["sha256"], vectors[b][1]["sha256"]]}, args.overwrite, device)
+        rows = state.setdefault("xi", {metric: [] for metric in results})  # the finished rows of the grids
+        for found in error_rows(evaluator, [images[a], images[b]], [heads[a], heads[b]], lambdas, list(results), len(min(rows.values(), key=len))):
+            for metric, row in found.items():
+                rows[metric].append(row)
+            files.write_json(state_path, state | {"seconds": state.get("seconds", 0) + time.perf_counter() - start})
+        seconds = state.get("seconds", 0) + time.perf_counter() - start
+        for metric, xi in ((metric, np.array(grid)) for metric, grid in rows.items()):
             stem = folder / args.recipe / STEMS[metric]
             files.save_arrays(stem / f"{name}.npz", xi=xi, lambdas=lambdas)
             draw(stem / f"{name}.png", xi, lambdas, a, b, f"{args.encoder}, {args.recipe}", metric)
@@ -90,6 +96,7 @@ def main(args):
                     "max_xi": float(xi.max()), "seconds": seconds, "vectors": [vectors[a][1]["sha256"], vectors[b][1]["sha256"]]}
             print(f"disentangle {name}, {metric}: mean xi in [-1, 1]^2 {row['mean_xi_in_box']:.4f}, at the origin {row['xi_at_origin']:g}, "
                   f"n = {row['samples']}, {seconds:.1f} s", flush=True)
+        state_path.unlink(missing_ok=True)
 
 
 def choose_pairs(text, names):
@@ -148,23 +155,26 @@ def outputs(evaluator, metrics, splits, heads, settings):
     return {"representation": features, "prediction": predictions}
 
 
-def error_grids(evaluator, images, heads, lambdas, metrics):
-    """{metric: xi (points, points)}, rows lambda_1 and columns lambda_2, of the two tasks whose vectors the evaluator holds.
+def error_rows(evaluator, images, heads, lambdas, metrics, begin=0):
+    """Yield {metric: xi(lambda_1, every lambda_2)} for each lambda_1 from row `begin` on, for the two tasks whose vectors the evaluator holds.
 
     images, heads  two Splits and their heads; lambdas: symmetric around 0, an odd number of them
     metrics        list of "prediction" and "representation"
     """
-    zero, xi = len(lambdas) // 2, {metric: np.zeros((len(lambdas), len(lambdas))) for metric in metrics}
+    zero = len(lambdas) // 2
+    if begin == len(lambdas):
+        return
     second = outputs(evaluator, metrics, images[1:], heads[1:], [(0.0, lam) for lam in lambdas])  # task 2 with its own vector alone
-    for row, first in enumerate(lambdas):                                  # a row at a time bounds the memory that features take
+    for row, first in list(enumerate(lambdas))[begin:]:                    # a row at a time bounds the memory that features take
         both = [0, 1] if row != zero else [0]                              # in the row of lambda_1 = 0 task 2's term is 0
         merged = outputs(evaluator, metrics, [images[t] for t in both], [heads[t] for t in both], [(first, lam) for lam in lambdas])
+        xi = {metric: [0.0] * len(lambdas) for metric in metrics}
         for metric in metrics:
             for t, found in zip(both, merged[metric]):
                 for column in range(len(lambdas)):
                     single = found[zero] if t == 0 else second[metric][0][column]
-                    xi[metric][row, column] += ERRORS[metric](single, found[column])
-    return xi
+                    xi[metric][column] += ERRORS[metric](single, found[column])
+        yield xi
 
 
 def draw(path, xi, lambdas, a, b, title, metric):

@@ -310,6 +310,16 @@ def open_result(path, config, overwrite, device, rows=("",)):
     return result | {"config": config} | provenance(device)
 
 
+def half_done(path, config, overwrite, device):
+    """What a run with the same settings left at `path` when it was killed, or with `overwrite` or without such a run a new state.
+
+    To be written with write_json as the work goes on, and deleted at its end.
+    """
+    state = {"config": json.loads(json.dumps(config))} | provenance(device)
+    there = read_json(path, "the same command") if path.exists() and not overwrite else {}
+    return there if there.get("config") == state["config"] else state
+
+
 def provenance(device):
     """How and where a number was made: {"command", "machine": device, threads, library versions, date (UTC)}."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {cpu_name()}"

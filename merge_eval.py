@@ -8,7 +8,7 @@ Task addition: theta_pre + lambda * sum_t tau_t, lambda picked on validation, th
 Reads   runs/ENCODER/pretrained.safetensors, features/, heads/ (probe.py), RECIPE/finetune.json (finetune.py),
         RECIPE/vectors/TASK.safetensors (make_vectors.py)
 Writes  runs/ENCODER/RECIPE/merge.json, merge.png, merged.safetensors (the encoder at the picked lambda, as timm loads it)
-        with --subsets only scaling.json, scaling.png
+        with --subsets only scaling.json, scaling.png; while it searches state/merge.json, from which the same command goes on
 Source  arXiv:2511.14569 sections 3.2 and 4.2, appendices E and I
 """
 import itertools
@@ -20,6 +20,7 @@ import common
 import encoders
 import files
 import linearized
+import ranks
 
 
 def parse_args(argv=None):
@@ -65,10 +66,17 @@ def main(args):
         for split in at_zero:
             at_zero[split][name] = common.count_hits(features[split], head, task.splits[split])
     evaluator.use_vectors([total])
-    start = time.perf_counter()
-    searched = evaluator.hits([task.splits["val"] for task in tasks.values()], heads, [(lam,) for lam in lambdas[1:]])
-    seconds = time.perf_counter() - start
-    val = {name: [correct / n["val"][name] for correct in [at_zero["val"][name], *counts]] for name, counts in zip(names, searched)}
+    state_path = folder / args.recipe / "state" / "merge.json"
+    state = files.half_done(state_path, config, args.overwrite, device)
+    hits, block = state.setdefault("hits", [list(at_zero["val"].values())]), max(4, ranks.world())  # hits: a row of counts for each lambda so far
+    while len(hits) < len(lambdas):
+        start = time.perf_counter()
+        counted = evaluator.hits([task.splits["val"] for task in tasks.values()], heads, [(lam,) for lam in lambdas[len(hits):len(hits) + block]])
+        hits += [list(row) for row in zip(*counted)]
+        state["seconds"] = state.get("seconds", 0) + time.perf_counter() - start
+        files.write_json(state_path, state)
+    seconds = state.get("seconds", 0)
+    val = {name: [row[t] / n["val"][name] for row in hits] for t, name in enumerate(names)}
     single = {split: {name: finetuned["tasks"][name][split] for name in names} for split in ("val", "test")}
     normalized = [common.normalized_accuracy({name: val[name][k] for name in names}, single["val"]) for k in range(len(lambdas))]
     best = int(np.argmax(normalized))
@@ -95,6 +103,7 @@ def main(args):
     at_zero_is = {"probed": "probing (lambda = 0)", "text": "zero-shot (lambda = 0)", "random": "lambda = 0"}[common.RECIPES[args.recipe].head]
     draw(folder / args.recipe / "merge.png", result, f"{args.encoder}, {args.recipe}, {len(names)} tasks", at_zero_is)
     files.write_json(path, result)
+    state_path.unlink(missing_ok=True)
     print(f"merge_eval: {images} images in {seconds:.1f} s, {images / seconds:.0f} img/s (compiling included)")
     for label, row in ((at_zero_is, result["test_lambda0"]), (f"addition (lambda = {lambdas[best]:g})", result["test"])):
         print(f"merge_eval: {label}: test absolute {row['absolute']:.4f}, normalized {row['normalized']:.4f}, n = {sum(n['test'].values())}")

@@ -106,8 +106,8 @@ def test_a_linear_heat_map_takes_one_derivative_per_batch_and_vector(small_encod
     evaluator, calls, expand = linearized.evaluator(small_encoder, linear_args, 0), [], linearized.expand
     monkeypatch.setattr(linearized, "expand", lambda *given: calls.append(1) or expand(*given))
     evaluator.use_vectors([random_vector(small_encoder, seed, 0.3) for seed in (5, 6)])
-    xi = disentangle.error_grids(evaluator, splits, heads, np.linspace(-1, 1, 5), ["prediction", "representation"])
-    assert len(calls) == 2 * 2 * 2 and xi["prediction"].max() > 0          # two sets of images of two batches, two vectors
+    rows = list(disentangle.error_rows(evaluator, splits, heads, np.linspace(-1, 1, 5), ["prediction", "representation"]))
+    assert len(calls) == 2 * 2 * 2 and max(rows[0]["prediction"]) > 0               # two sets of images of two batches, two vectors
     assert evaluator.hits(splits[:1], heads[:1], [(0.5, 0.5)]) and len(calls) == 8
     evaluator.use_vectors([random_vector(small_encoder, 5, 0.3)])
     evaluator.hits(splits, heads, [(0.5,), (1.0,)])
@@ -131,7 +131,11 @@ def test_the_grid_of_representations_agrees_with_a_loop_over_its_cells(small_enc
     evaluator.use_vectors(vectors)
     heads = [common.random_head(32, 4, torch.Generator().manual_seed(seed)) for seed in (0, 1)]
     single = [evaluator.features([images[t]], [tuple(lam * (t == own) for own in (0, 1)) for lam in lambdas])[0] for t in (0, 1)]
-    xi = disentangle.error_grids(evaluator, images, heads, lambdas, ["prediction", "representation"])
+
+    def grid(metric, metrics):
+        return np.array([row[metric] for row in disentangle.error_rows(evaluator, images, heads, lambdas, metrics)])
+
+    xi = {metric: grid(metric, ["prediction", "representation"]) for metric in ("prediction", "representation")}
     for row, first in enumerate(lambdas):
         for column, second in enumerate(lambdas):
             merged = [evaluator.features([split], [(first, second)])[0][0] for split in images]
@@ -139,7 +143,8 @@ def test_the_grid_of_representations_agrees_with_a_loop_over_its_cells(small_enc
             assert xi["representation"][row, column] == pytest.approx(sum(terms), abs=1e-6)
     assert xi["representation"][1, 1] == 0 and xi["representation"].max() > 0.01
     for metric in xi:  # one pass for both gives what each gives on its own
-        np.testing.assert_array_equal(disentangle.error_grids(evaluator, images, heads, lambdas, [metric])[metric], xi[metric])
+        np.testing.assert_array_equal(grid(metric, [metric]), xi[metric])
+    np.testing.assert_array_equal([row["prediction"] for row in disentangle.error_rows(evaluator, images, heads, lambdas, ["prediction"], 1)], xi["prediction"][1:])
 
 
 @pytest.mark.parametrize("recipe, wanted", [

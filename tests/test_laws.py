@@ -157,7 +157,7 @@ def test_disentanglement_error_laws(small_encoder, args):
 
     def grid(order):
         evaluator.use_vectors([vectors[t] for t in order])
-        return disentangle.error_grids(evaluator, [images[t] for t in order], [heads[t] for t in order], lambdas, ["prediction"])["prediction"]
+        return np.array([row["prediction"] for row in disentangle.error_rows(evaluator, [images[t] for t in order], [heads[t] for t in order], lambdas, ["prediction"])])
 
     xi = grid([0, 1])
     assert xi[2, 2] == 0 and xi.min() >= 0 and 0.1 < xi.max() <= 2

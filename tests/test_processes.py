@@ -6,9 +6,11 @@ import subprocess
 import sys
 import time
 
+import common
+import pytest
 import torch
 import two_processes
-from conftest import ROOT, TASKS, stage
+from conftest import ROOT, TASKS, perform, stage
 from soak import numbers
 
 
@@ -59,6 +61,38 @@ def test_rows_another_job_wrote_meanwhile_are_kept(tmp_path):
     with files.adding_rows(path, other, "tasks", overwrite=True):
         other["tasks"]["svhn"] = {"test": 0.5}
     assert set(json.loads(path.read_text())["tasks"]) == {"svhn"}
+
+
+@pytest.mark.parametrize("name, words, function, kept", [("merge_eval", ["--lambdas", "10"], "hits", "merge"),
+                                                         ("disentangle", ["--points", "5", "--samples", "60", "--metric", "both", "--pairs", "glyphs-signs"], "features", "disentangle-glyphs-signs")])
+def test_an_interrupted_search_or_heat_map_goes_on_where_it_was(copy, monkeypatch, name, words, function, kept):
+    """Interrupted at the third call of the evaluator: the first two are not made again, and the result is that of an undisturbed run."""
+    asked, evaluate = [], getattr(common.Evaluator, function)
+
+    def counting(self, *given):
+        asked.append(given[-1])                                            # the weight settings
+        if len(asked) == stop:
+            raise KeyboardInterrupt
+        return evaluate(self, *given)
+
+    monkeypatch.setattr(common.Evaluator, function, counting)
+    command, stop = [name, "tiny", "--runs", copy, "--tasks", ",".join(TASKS), *words], 0
+    results = {file: copy / f"tiny/aligned/{file}" for file in (["merge.json"] if name == "merge_eval" else ["disentangle.json", "representation.json", "representation/glyphs-signs.npz"])}
+    perform(*command, "--overwrite")
+    undisturbed, clean = list(asked), {file: numbers(path) if path.suffix == ".json" else path.read_bytes() for file, path in results.items()}
+    for path in results.values():
+        path.unlink()
+    asked.clear()
+    stop = 3
+    with pytest.raises(KeyboardInterrupt):
+        perform(*command)
+    assert (copy / f"tiny/aligned/state/{kept}.json").exists()
+    asked.clear()
+    stop = 0
+    perform(*command)
+    assert len(asked) < len(undisturbed) and undisturbed[2] in asked and undisturbed[1] not in asked[1:]
+    assert {file: numbers(path) if path.suffix == ".json" else path.read_bytes() for file, path in results.items()} == clean
+    assert not (copy / f"tiny/aligned/state/{kept}.json").exists()
 
 
 def test_a_second_process_waits_for_the_first_and_finds_its_result(copy):
