@@ -5,6 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import files
+import ranks
 
 SHARED = ["tiny", "--tasks", "glyphs,signs", "--runs"]
 STAGES = [("probe", ["--probe-steps", "40", "--overwrite"]), ("finetune", ["--steps", "8", "--batch-size", "32", "--recipe", "full"]),
@@ -16,6 +17,7 @@ def main(runs):
     for name, words in STAGES:
         stage = importlib.import_module(name)
         stage.main(stage.parse_args([*SHARED, runs, *words]))
+        ranks.wait()                                                       # as at the end of a torchrun: rank 0 has written everything
 
 
 if __name__ == "__main__":
