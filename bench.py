@@ -79,10 +79,10 @@ def main(args):
                 rates[name].append(images / timed(way, device))
 
     # ------------------------------------------------------------------ (c) fine-tuning, (d) merging, (e) a heat map
-    steps_per_second = {recipe: [] for recipe in TRAINED}
+    train, steps_per_second = {recipe: training(args, encoder, device, recipe) for recipe in TRAINED}, {recipe: [] for recipe in TRAINED}
     for _ in range(args.repeats):
         for recipe in TRAINED:
-            steps_per_second[recipe].append(training(args, encoder, device, steps, recipe)["images_per_second"] / args.train_batch)
+            steps_per_second[recipe].append(train[recipe](steps)["images_per_second"] / args.train_batch)
     merging = {}
     for vectors in (1, 8):
         evaluator.use_vectors(evaluator.vectors[:1] * vectors)
@@ -257,23 +257,26 @@ def plain_way(folder, encoder, heads, device):
     return hits
 
 
-def training(args, encoder, device, steps, recipe):
-    """What finetune.train says of its cost on random images, after two steps that do not count."""
+def training(args, encoder, device, recipe):
+    """A function of a number of steps that says what finetune.train does of their cost on random images; two steps have warmed it up."""
     rng = np.random.default_rng(0)
     split = common.Split(rng.integers(0, 256, (4 * args.train_batch, 3, encoder.size, encoder.size), dtype=np.uint8), np.arange(4 * args.train_batch),
                          rng.integers(0, 10, 4 * args.train_batch))
     task, head = common.Task("bench", {"train": split}, list(range(10)), ""), common.random_head(encoders.width_of(encoder), 10, torch.Generator().manual_seed(0))
     head = {name: tensor.to(device) for name, tensor in head.items()}
     module = copy.deepcopy(encoder.module).to(device, torch.float32).train()
-    settings = argparse.Namespace(recipe=recipe, encoder=args.encoder, steps=2, batch_size=args.train_batch, seed=0, dtype=args.dtype)
+    settings = argparse.Namespace(recipe=recipe, encoder=args.encoder, batch_size=args.train_batch, seed=0, dtype=args.dtype)
     finetune.choose_parameters(module, settings)
     if common.RECIPES[recipe].linear:
         forward = linearized.forward(module, encoder, device)
     else:
         forward = torch.compile(module, dynamic=False) if device.type == "cuda" and args.compile == "on" else module
-    finetune.train(forward, module, encoder, task, head, 1e-5, settings)
-    settings.steps = steps
-    return finetune.train(forward, module, encoder, task, head, 1e-5, settings)[2]
+
+    def train(steps):
+        return finetune.train(forward, module, encoder, task, head, 1e-5, argparse.Namespace(**vars(settings), steps=steps))[2]
+
+    train(2)
+    return train
 
 
 def own_process(args, part):
@@ -286,7 +289,7 @@ def own_process(args, part):
 def peak_memory(args, encoder, device):
     """Peak bytes of fine-tuning, or of a search whose vectors are read from disk; on a GPU of its allocator, on a CPU of the whole process."""
     if args.part.startswith("fine-tuning"):
-        return training(args, encoder, device, 2, args.part.split()[1])["peak_memory_bytes"]
+        return training(args, encoder, device, args.part.split()[1])(2)["peak_memory_bytes"]
     theta, names = encoders.weights_of(encoder.module), [f"task{t}" for t in range(int(args.part.split()[2]))]
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

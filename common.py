@@ -33,7 +33,7 @@ from tqdm import tqdm
 import ranks
 import tiny
 from encoders import ENCODERS, weights_of, width_of
-from files import (Refused, block_checksums, check_downloads, checksum, file_metadata, fingerprint, flag_parser, go_offline_if_unreachable, load_tensors, make_room,
+from files import (Refused, block_checksums, checked_download, checksum, file_metadata, fingerprint, flag_parser, go_offline_if_unreachable, load_tensors, make_room,
                    replacing, save_tensors)
 
 # ---------------------------------------------------------------------------------------------- flags and devices
@@ -345,9 +345,7 @@ def read_dataset(name, source):
     print(f"task {name}: reading {path}", flush=True)
     try:
         with warnings.catch_warnings(action="ignore"):
-            found = datasets.load_dataset(path, config)
-        if not is_local:
-            check_downloads(path, "dataset")
+            found = datasets.load_dataset(path, config) if is_local else load_from_hub(path, config)
     except Refused:
         raise
     except Exception as error:  # datasets and its backends raise a dozen types for a bad folder or an unreachable hub
@@ -384,6 +382,20 @@ def read_dataset(name, source):
                       f"{registered[2]} and {registered[3]} in {registered[4]}: this is another data set, give it another name (OTHER={path})")
     encoded = {split: found[split].cast_column(image, datasets.Image(decode=False))[image] for split in ("train", "test")}
     return encoded, labels, classes
+
+
+def load_from_hub(path, config):
+    """datasets.load_dataset whose download is checked; what the library made of a damaged one is deleted too."""
+    import datasets
+    found = {}
+    try:
+        with checked_download(path, "dataset"):
+            found = datasets.load_dataset(path, config)
+    except Refused:
+        for folder in {Path(file["filename"]).parent for split in found.values() for file in split.cache_files}:
+            shutil.rmtree(folder)
+        raise
+    return found
 
 
 def open_image(cell):

@@ -7,7 +7,7 @@ Weight disentanglement: how often adding another task's vector changes a task's 
 
 Reads   runs/ENCODER/pretrained.safetensors, heads/ (probe.py), RECIPE/vectors/TASK.safetensors (make_vectors.py)
 Writes  runs/ENCODER/RECIPE/disentangle/A-B.npz and .png, disentangle.json; of the metric representation representation/ and representation.json;
-        while it works state/disentangle-A-B.json with the finished rows, from which the same command goes on
+        while it works state/disentangle-METRIC-A-B.json with the finished rows, from which the same command goes on
 Source  arXiv:2511.14569 section 4.1 and Figure 1: xi is the sum of both tasks' terms, in [0, 2]; of representations arXiv:2407.07089
         section 4: the mean over images of KL(softmax f(x; theta_pre + lambda_t tau_t) || softmax f(x; both)), summed over both tasks
 """
@@ -55,11 +55,13 @@ def main(args):
         result = files.open_result(path, config, args.overwrite, device, [f"{a}-{b}" for a, b in pairs])
         done = result.setdefault("pairs", {})
         missing = [(a, b) for a, b in pairs if done.get(f"{a}-{b}", {}).get("vectors") != [vectors[a][1]["sha256"], vectors[b][1]["sha256"]]]
-        if missing:
-            results[metric], todo = result, todo | dict.fromkeys(missing)
-        else:
-            print(f"disentangle: {path} has all {len(pairs)} pairs, nothing to do (--overwrite to redo)")
+        results[metric], todo = result, todo | dict.fromkeys(missing)
+    state_paths = {(a, b): folder / args.recipe / "state" / f"disentangle-{args.metric}-{a}-{b}.json" for a, b in pairs}
+    for pair in pairs:
+        if pair not in todo:
+            files.forget(state_paths[pair])
     if not todo:
+        print(f"disentangle: {path} has all {len(pairs)} pairs, nothing to do (--overwrite to redo)")
         return
 
     # ------------------------------------------------------------------ random test images, the same in every pair
@@ -77,15 +79,15 @@ def main(args):
         start = time.perf_counter()
         evaluator.use_vectors([vectors[a][0], vectors[b][0]])
         name, inside = f"{a}-{b}", np.abs(lambdas) <= 1
-        state_path = folder / args.recipe / "state" / f"disentangle-{name}.json"
-        state = files.half_done(state_path, config | {"metrics": list(results), "vectors": [vectors[a][1]["sha256"], vectors[b][1]["sha256"]]}, args.overwrite, device)
+        state = files.half_done(state_paths[a, b], config | {"metrics": list(results), "vectors": [vectors[a][1]["sha256"], vectors[b][1]["sha256"]]}, args.overwrite, device)
         rows = state.setdefault("xi", {metric: [] for metric in results})  # the finished rows of the grids
         for found in error_rows(evaluator, [images[a], images[b]], [heads[a], heads[b]], lambdas, list(results), len(min(rows.values(), key=len))):
             for metric, row in found.items():
                 rows[metric].append(row)
-            files.write_json(state_path, state | {"seconds": state.get("seconds", 0) + time.perf_counter() - start})
+            files.write_json(state_paths[a, b], state | {"seconds": state.get("seconds", 0) + time.perf_counter() - start})
         seconds = state.get("seconds", 0) + time.perf_counter() - start
-        for metric, xi in ((metric, np.array(grid)) for metric, grid in rows.items()):
+        for metric, grid in rows.items():
+            xi = np.array(grid)
             stem = folder / args.recipe / STEMS[metric]
             files.save_arrays(stem / f"{name}.npz", xi=xi, lambdas=lambdas)
             draw(stem / f"{name}.png", xi, lambdas, a, b, f"{args.encoder}, {args.recipe}", metric)
@@ -96,7 +98,7 @@ def main(args):
                     "max_xi": float(xi.max()), "seconds": seconds, "vectors": [vectors[a][1]["sha256"], vectors[b][1]["sha256"]]}
             print(f"disentangle {name}, {metric}: mean xi in [-1, 1]^2 {row['mean_xi_in_box']:.4f}, at the origin {row['xi_at_origin']:g}, "
                   f"n = {row['samples']}, {seconds:.1f} s", flush=True)
-        state_path.unlink(missing_ok=True)
+        files.forget(state_paths[a, b])
 
 
 def choose_pairs(text, names):
@@ -174,6 +176,8 @@ def error_rows(evaluator, images, heads, lambdas, metrics, begin=0):
                 for column in range(len(lambdas)):
                     single = found[zero] if t == 0 else second[metric][0][column]
                     xi[metric][column] += ERRORS[metric](single, found[column])
+            if not np.isfinite(xi[metric]).all():
+                raise files.Refused(f"the {metric} error is not finite where lambda_1 is {first:g}: the features are not; give a smaller --limit, or --metric prediction")
         yield xi
 
 

@@ -5,6 +5,7 @@ Vision encoders: the eight of the paper by name, `tiny`, and any other through t
 
 theta_pre is fetched once, checked, and kept in runs/ENCODER/pretrained.safetensors with all that is needed to build it again.
 """
+import contextlib
 import difflib
 import hashlib
 import re
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 import ranks
-from files import Refused, check_downloads, go_offline_if_unreachable, load_tensors, save_tensors
+from files import Refused, checked_download, go_offline_if_unreachable, load_tensors, save_tensors
 
 
 class Encoder(NamedTuple):
@@ -142,12 +143,11 @@ def build_timm(args, name):
     file = args.weights
     if args.encoder == "vit_b16_clip_laion400m" and not file:
         from huggingface_hub import hf_hub_download
-        file = hf_hub_download(*CLIP_400M_FILE)
-        check_downloads(CLIP_400M_FILE[0])
+        with checked_download(CLIP_400M_FILE[0]):
+            file = hf_hub_download(*CLIP_400M_FILE)
     overlay = {"pretrained_cfg_overlay": {"file": str(file)}} if file else {}
-    module = timm.create_model(name, pretrained=True, **kwargs, **overlay)  # its own number of classes, so timm loads strictly
-    if not file and config.hf_hub_id:
-        check_downloads(config.hf_hub_id)
+    with contextlib.nullcontext() if file or not config.hf_hub_id else checked_download(config.hf_hub_id):
+        module = timm.create_model(name, pretrained=True, **kwargs, **overlay)  # its own number of classes, so timm loads strictly
     if "_clip_" in name and "_ft_" not in name:
         kwargs["num_classes"] = module.num_classes
     else:
@@ -167,9 +167,8 @@ def build_open_clip(args, name):
     kwargs, config = {"force_image_size": args.image_size} if args.image_size else {}, open_clip.get_pretrained_cfg(arch, tag)
     if config.get("quick_gelu"):
         kwargs["force_quick_gelu"] = True
-    module = open_clip.create_model(arch, pretrained=str(args.weights) if args.weights else tag, **kwargs).visual
-    if not args.weights and config.get("hf_hub"):
-        check_downloads("/".join(config["hf_hub"].split("/")[:2]))
+    with contextlib.nullcontext() if args.weights or not config.get("hf_hub") else checked_download("/".join(config["hf_hub"].split("/")[:2])):
+        module = open_clip.create_model(arch, pretrained=str(args.weights) if args.weights else tag, **kwargs).visual
     config = module.preprocess_cfg
     size = config["size"] if isinstance(config["size"], int) else config["size"][0]
     return module, {"architecture": {"library": "open_clip", "name": arch, "kwargs": kwargs}, "size": size,

@@ -313,11 +313,18 @@ def open_result(path, config, overwrite, device, rows=("",)):
 def half_done(path, config, overwrite, device):
     """What a run with the same settings left at `path` when it was killed, or with `overwrite` or without such a run a new state.
 
-    To be written with write_json as the work goes on, and deleted at its end.
+    To be written with write_json as the work goes on, and given to forget at its end.
     """
     state = {"config": json.loads(json.dumps(config))} | provenance(device)
     there = read_json(path, "the same command") if path.exists() and not overwrite else {}
+    [there, *_] = ranks.gather(there)                                      # all go on from what rank 0 has found
     return there if there.get("config") == state["config"] else state
+
+
+def forget(path):
+    """Delete a half-done state (rank 0)."""
+    if ranks.rank() == 0:
+        path.unlink(missing_ok=True)
 
 
 def provenance(device):
@@ -337,18 +344,23 @@ def go_offline_if_unreachable():
         constants.HF_HUB_OFFLINE = True
 
 
-def check_downloads(repo, kind="model"):
-    """Refused, and the file deleted, where what the hub's client keeps of a repository is not what the hub says it is.
+@contextlib.contextmanager
+def checked_download(repo, kind="model"):
+    """Around what loads a repository of the hub: Refused, and the file deleted, where the hub's client keeps something else than the hub has.
 
     The hub names large files (weights, data) by their SHA-256, and its cache keeps them under that name; the client itself compares sizes only.
     """
-    from huggingface_hub import constants
-    for blob in sorted(Path(constants.HF_HUB_CACHE, f"{kind}s--{repo.replace('/', '--')}", "blobs").glob("[0-9a-f]" * 64)):
-        with open(blob, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != blob.name:
-            blob.unlink()
-            raise Refused(f"a download from {repo} is damaged (SHA-256 {found[:12]}, the hub says {blob.name[:12]}): it was deleted, run the same command again")
+    try:
+        yield
+    finally:                                                               # a damaged file may also be why loading failed
+        from huggingface_hub import constants
+        blobs = Path(constants.HF_HUB_CACHE, f"{kind}s--{repo.replace('/', '--')}", "blobs").glob("[0-9a-f]" * 64)
+        for blob in sorted(blobs) if ranks.local_rank() == 0 else ():
+            with open(blob, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != blob.name:
+                blob.unlink()
+                raise Refused(f"a download from {repo} is damaged (SHA-256 {found[:12]}, the hub says {blob.name[:12]}): it was deleted, run the same command again")
 
 
 def cpu_name():

@@ -64,7 +64,8 @@ class LinearizedEvaluator(common.Evaluator):
             super().run(splits, settings, consume)
             return
         missing = [split for split in splits if id(split) not in self.known]
-        expanded = [torch.zeros(1 + len(self.vectors), len(split.rows), width_of(self.encoder), device=self.device) for split in missing]
+        width = width_of(self.encoder)
+        expanded = [torch.zeros(1 + len(self.vectors), len(split.rows), width, device=self.device) for split in missing]
 
         def keep(k, t, rows, features):
             expanded[t][k, rows] = features.float()
@@ -78,7 +79,7 @@ class LinearizedEvaluator(common.Evaluator):
             value, *tangents = self.known[id(split)][1]
             for k, coefficients in enumerate(settings):
                 rows = slice(*self.share(k, len(settings), len(value)))
-                features = sum((float(c) * tangent[rows] for c, tangent in zip(coefficients, tangents, strict=True)), value[rows])
+                features = sum((float(c) * tangent[rows] for c, tangent in zip(coefficients, tangents, strict=len(coefficients) > 0)), value[rows])
                 consume(k, t, rows, features.to(self.dtype))
 
     def outputs(self, images, settings):

@@ -52,7 +52,9 @@ def main(args):
     config = {"encoder": args.encoder, "theta_pre": encoder.theta_pre, "image_size": encoder.size, "recipe": args.recipe, "tasks": names,
               "lambdas": lambdas, "dtype": str(dtype)[6:], "vectors": vectors, "data": {name: task.fingerprint for name, task in tasks.items()}}
     result = files.open_result(path, config, args.overwrite, device)
+    state_path = folder / args.recipe / "state" / "merge.json"
     if "test" in result:
+        files.forget(state_path)
         print(f"merge_eval: {path} is there, nothing to do (--overwrite to redo)")
         return
     heads = [common.load_head(folder, args.recipe, task, encoder, device) for task in tasks.values()]
@@ -66,9 +68,8 @@ def main(args):
         for split in at_zero:
             at_zero[split][name] = common.count_hits(features[split], head, task.splits[split])
     evaluator.use_vectors([total])
-    state_path = folder / args.recipe / "state" / "merge.json"
     state = files.half_done(state_path, config, args.overwrite, device)
-    hits, block = state.setdefault("hits", [list(at_zero["val"].values())]), max(4, ranks.world())  # hits: a row of counts for each lambda so far
+    hits, block = state.setdefault("hits", [list(at_zero["val"].values())]), -(-5 // ranks.world()) * ranks.world()  # a row of counts for each lambda so far
     while len(hits) < len(lambdas):
         start = time.perf_counter()
         counted = evaluator.hits([task.splits["val"] for task in tasks.values()], heads, [(lam,) for lam in lambdas[len(hits):len(hits) + block]])
@@ -92,7 +93,7 @@ def main(args):
                "val": {"absolute": [common.mean(val[name][k] for name in names) for k in range(len(lambdas))],
                        "normalized": normalized, "tasks": val, "n": n["val"]},
                "test": summary(at_best, n["test"], single["test"]), "test_lambda0": summary(at_zero["test"], n["test"], single["test"]),
-               "single_task": single["test"], "seconds": seconds, "images_per_second": images / seconds}
+               "single_task": single["test"], "seconds": seconds, "images_per_second": images / max(seconds, 1e-9)}
 
     # ------------------------------------------------------------------ results
     if not common.RECIPES[args.recipe].linear:                             # whose merge is no set of weights for the encoder as it is
@@ -103,8 +104,8 @@ def main(args):
     at_zero_is = {"probed": "probing (lambda = 0)", "text": "zero-shot (lambda = 0)", "random": "lambda = 0"}[common.RECIPES[args.recipe].head]
     draw(folder / args.recipe / "merge.png", result, f"{args.encoder}, {args.recipe}, {len(names)} tasks", at_zero_is)
     files.write_json(path, result)
-    state_path.unlink(missing_ok=True)
-    print(f"merge_eval: {images} images in {seconds:.1f} s, {images / seconds:.0f} img/s (compiling included)")
+    files.forget(state_path)
+    print(f"merge_eval: {images} images in {seconds:.1f} s, {result['images_per_second']:.0f} img/s (compiling included)")
     for label, row in ((at_zero_is, result["test_lambda0"]), (f"addition (lambda = {lambdas[best]:g})", result["test"])):
         print(f"merge_eval: {label}: test absolute {row['absolute']:.4f}, normalized {row['normalized']:.4f}, n = {sum(n['test'].values())}")
 

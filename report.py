@@ -319,7 +319,7 @@ def second_paper(found, merges, folders, out):
     rows = []
     for (encoder, recipe), results in found.items():
         base = found.get((encoder, base_recipe(recipe)), {}).get("finetune.json")
-        if is_second(recipe) and base and results.get("finetune.json", {}).get("tasks"):
+        if is_second(recipe) and base and base.get("tasks") and results.get("finetune.json", {}).get("tasks"):
             own, full = [median_cost(result) for result in (results["finetune.json"], base)]
             rows.append([encoder, recipe, f"{own[0]:,}", f"{own[0] / full[0]:.2f}", f"{own[1]:.3f}", f"{own[1] / full[1]:.2f}", f"{own[2] / 2 ** 20:.0f}", f"{own[2] / full[2]:.2f}"])
     if rows:
@@ -340,11 +340,13 @@ def second_paper(found, merges, folders, out):
                    ("table", ["encoder", "recipe", "tasks", "n", "fine-tuned", "linearized after the fact"],
                     [[encoder, recipe, len(rows), sum(row["n"] for row in rows.values()), *[percent(common.mean(row[kind] for row in rows.values())) for kind in ("nonlinear", "linearized")]]
                      for (encoder, recipe), rows in ((key, found[key]["posthoc.json"]["tasks"]) for key in posthoc)])]
-    compared = {key: folders[key[0]] / key[1] for key in found if is_second(key[1]) or key[1] == base_recipe(key[1])}
+    compared = {key: folders[key[0]] / key[1] for key in found if is_second(key[1]) or key[1] in ("aligned", "zeroshot", "full")}
     for encoder in dict.fromkeys(encoder for encoder, _ in compared):
         there = {recipe: folder for (other, recipe), folder in compared.items() if other == encoder}
-        for pair in sorted({path.stem for folder in there.values() for path in (folder / "representation").glob("*.npz")}):
-            blocks += [("picture", draw_metrics(out / f"metrics-{folders[encoder].name}-{pair}.png", encoder, pair, there)),
+        pairs = {stem: {recipe: found[encoder, recipe].get(f"{stem}.json", {"pairs": {}})["pairs"] for recipe in there} for stem in ("representation", "disentangle")}
+        for pair in sorted({pair for rows in pairs["representation"].values() for pair in rows}):
+            grids = {stem: {recipe: read_grid(there[recipe] / stem / f"{pair}.npz", encoder, recipe) for recipe, rows in of_recipe.items() if pair in rows} for stem, of_recipe in pairs.items()}
+            blocks += [("picture", draw_metrics(out / f"metrics-{folders[encoder].name}-{pair}.png", grids)),
                        ("text", f"Disentanglement of {pair}, {encoder} (Figures 6 and 8): above of representations, KL divergence in nats, below of predictions; one colour scale for each row.")]
         cosines = {recipe: found[encoder, recipe]["vectors.json"] for recipe in there if "vectors.json" in found[encoder, recipe]}
         if cosines:
@@ -402,22 +404,20 @@ def draw_panels(path, pair, grids, top):
     return path
 
 
-def draw_metrics(path, encoder, pair, there):
-    """A column for each recipe in there, {recipe: folder}, a row for each metric that has this pair, and a colour scale for each row."""
-    grids = {label: {recipe: read_grid(grid, encoder, recipe) for recipe, folder in there.items() if (grid := folder / stem / f"{pair}.npz").exists()}
-             for label, stem in (("KL of representations, nats", "representation"), ("xi of predictions", "disentangle"))}
-    grids = {label: row for label, row in grids.items() if row}
+def draw_metrics(path, grids):
+    """A row for each metric, a column for each recipe, a colour scale for each row; grids {"representation" or "disentangle": {recipe: (xi, lambdas)}}."""
+    grids = {stem: row for stem, row in grids.items() if row}
     columns = list(dict.fromkeys(recipe for row in grids.values() for recipe in row))
     fig, panels = common.figure(2.5 * len(columns) + 1.2, 2.7 * len(grids), len(grids), len(columns), squeeze=False)
-    for line, (label, row) in zip(panels, grids.items()):
-        top = 2 if label.startswith("xi") else max(xi.max() for xi, _ in row.values())
+    for line, (stem, row) in zip(panels, grids.items()):
+        top = 2 if stem == "disentangle" else max(xi.max() for xi, _ in row.values())
         for axes, recipe in zip(line, columns):
             axes.set_title(recipe, fontsize=8)
             if recipe in row:
                 image = common.heat_map(axes, *row[recipe], top)
             else:
                 axes.set_axis_off()
-        fig.colorbar(image, ax=list(line), label=label)
+        fig.colorbar(image, ax=list(line), label="xi of predictions" if stem == "disentangle" else "KL of representations, nats")
     common.save_figure(path, fig)
     return path
 

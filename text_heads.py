@@ -6,12 +6,13 @@ Zero-shot heads: a linear classifier made of a CLIP text tower's embeddings of c
 It acts on image features of unit length and has no bias (common.logits). Only encoders with a text tower have one.
 Source  arXiv:2511.14569 appendix B
 """
+import contextlib
 import re
 
 import torch
 import torch.nn.functional as F
 
-from files import Refused, check_downloads, go_offline_if_unreachable
+from files import Refused, checked_download, go_offline_if_unreachable
 
 TEMPLATES = {
     "cars": ["a photo of a {}.", "a photo of the {}.", "a photo of my {}.", "a photo of my new {}.", "a photo of my old {}."],
@@ -53,12 +54,12 @@ def text_tower(args, encoder):
         if not source:
             from encoders import CLIP_400M_FILE
             from huggingface_hub import hf_hub_download
-            source = hf_hub_download(*CLIP_400M_FILE)
-            check_downloads(CLIP_400M_FILE[0])
+            with checked_download(CLIP_400M_FILE[0]):
+                source = hf_hub_download(*CLIP_400M_FILE)
         config = open_clip.get_pretrained_cfg(arch, tag)
-        model = open_clip.create_model(arch, pretrained=source, **({"force_quick_gelu": True} if config.get("quick_gelu") else {})).eval()
-        if source == tag and config.get("hf_hub"):
-            check_downloads("/".join(config["hf_hub"].split("/")[:2]))
+        kwargs = {"force_quick_gelu": True} if config.get("quick_gelu") else {}
+        with contextlib.nullcontext() if source != tag or not config.get("hf_hub") else checked_download("/".join(config["hf_hub"].split("/")[:2])):
+            model = open_clip.create_model(arch, pretrained=source, **kwargs).eval()
     except Refused:
         raise
     except Exception as error:  # the hub client and torch's unpickler raise many types

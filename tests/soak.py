@@ -64,6 +64,7 @@ def main(args):
             rounds += 1
         names = sorted(path.relative_to(clean) for path in clean.rglob("*") if path.is_file() and path.suffix != ".lock")
         differ = [str(name) for name in names if not same(clean / name, rough / name)]
+        differ += [str(path.relative_to(rough)) for path in rough.rglob("*") if path.is_file() and path.suffix not in (".lock", ".tmp") and path.relative_to(rough) not in names]
         torn = [str(path.relative_to(rough)) for path in rough.rglob("*.tmp")]
     print(json.dumps({"kills": killed, "starts": started, "rounds": rounds, "files": len(names), "differ": differ, "temporary_files_left": torn}))
     return 1 if differ or torn else 0

@@ -151,12 +151,27 @@ def test_damaged_downloads_are_deleted_and_refused(tmp_path, monkeypatch):
     blobs.mkdir(parents=True)
     (blobs / hashlib.sha256(content).hexdigest()).write_bytes(content)
     (blobs / hashlib.sha1(b"README").hexdigest()).write_bytes(b"git names its small files otherwise")
-    files.check_downloads("tanganke/dtd", "dataset")
+    with files.checked_download("tanganke/dtd", "dataset"):
+        pass
     damaged = blobs / hashlib.sha256(content).hexdigest()
     damaged.write_bytes(content[:-1] + b"T")
-    with pytest.raises(Refused, match="tanganke/dtd is damaged"):
-        files.check_downloads("tanganke/dtd", "dataset")
+    with pytest.raises(Refused, match="tanganke/dtd is damaged"), files.checked_download("tanganke/dtd", "dataset"):
+        raise ValueError("no parquet file")                                # damage that breaks loading is damage all the same
     assert len(list(blobs.iterdir())) == 1 and not damaged.exists()
+
+
+def test_a_damaged_download_of_a_data_set_is_refused_then_fetched_again(tmp_path):
+    write_data_set(tmp_path / "hub", {"default": generated_dtd()})
+    parquet = next((tmp_path / "hub/data").glob("test-*"))
+    whole, home = parquet.read_bytes(), tmp_path / "home"
+    words = [sys.executable, "-c", "import common, files\nfiles.run(lambda _: print(len(common.read_dataset('dtd', common.TASKS['dtd'])[0]['test']), 'images'), dict)"]
+    with serve({"datasets/tanganke/dtd": tmp_path / "hub"}) as (url, seen):
+        parquet.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
+        first = stage(*words, env=client_environment(url, home))
+        assert first.returncode == 2 and "a download from tanganke/dtd is damaged" in first.stderr, first.stderr
+        parquet.write_bytes(whole)
+        second = stage(*words, env=client_environment(url, home))
+    assert second.returncode == 0 and "1880 images" in second.stdout, second.stderr
 
 
 def test_a_damaged_download_of_an_encoder_is_refused_then_fetched_again(tmp_path):
@@ -166,7 +181,7 @@ def test_a_damaged_download_of_an_encoder_is_refused_then_fetched_again(tmp_path
     write_timm_model(tmp_path / "hub", timm.create_model("vit_tiny_patch16_224", depth=12))
     name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
     whole = (tmp_path / "hub/model.safetensors").read_bytes()
-    home, words = tmp_path / "home", [sys.executable, "-c", f"import sys, encoders, common, files\nfiles.run(encoders.load_encoder, lambda: common.stage_parser('').parse_args(sys.argv[1:]))",
+    home, words = tmp_path / "home", [sys.executable, "-c", "import sys, encoders, common, files\nfiles.run(encoders.load_encoder, lambda: common.stage_parser('').parse_args(sys.argv[1:]))",
                                       f"timm:{name}", "--runs", tmp_path / "runs", "--image-size", "32"]
     with serve({f"timm/{name}": tmp_path / "hub"}) as (url, seen):
         (tmp_path / "hub/model.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # a bit of the last weight, on the way

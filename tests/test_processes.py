@@ -1,5 +1,4 @@
 """Several processes share the work with the results of one; killed processes lose nothing."""
-import fcntl
 import json
 import shutil
 import subprocess
@@ -63,8 +62,8 @@ def test_rows_another_job_wrote_meanwhile_are_kept(tmp_path):
     assert set(json.loads(path.read_text())["tasks"]) == {"svhn"}
 
 
-@pytest.mark.parametrize("name, words, function, kept", [("merge_eval", ["--lambdas", "10"], "hits", "merge"),
-                                                         ("disentangle", ["--points", "5", "--samples", "60", "--metric", "both", "--pairs", "glyphs-signs"], "features", "disentangle-glyphs-signs")])
+@pytest.mark.parametrize("name, words, function, kept", [("merge_eval", ["--lambdas", "14"], "hits", "merge"),
+                                                         ("disentangle", ["--points", "5", "--samples", "60", "--metric", "both", "--pairs", "glyphs-signs"], "features", "disentangle-both-glyphs-signs")])
 def test_an_interrupted_search_or_heat_map_goes_on_where_it_was(copy, monkeypatch, name, words, function, kept):
     """Interrupted at the third call of the evaluator: the first two are not made again, and the result is that of an undisturbed run."""
     asked, evaluate = [], getattr(common.Evaluator, function)
@@ -103,14 +102,16 @@ def test_a_second_process_waits_for_the_first_and_finds_its_result(copy):
     files.claim(path, [""])                                                # this process is the first
     second = subprocess.Popen([sys.executable, "-u", "merge_eval.py", "tiny", "--runs", copy, "--tasks", ",".join(TASKS)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     said = []
-    for line in second.stdout:
-        said.append(line)
-        if "merge.json: another process is at work on it" in line:
-            break
-    time.sleep(1)
-    assert second.poll() is None and not path.exists(), "".join(said)
-    path.write_text(whole)
-    fcntl.lockf(files.CLAIMS.pop(copy / "tiny/.claims"), fcntl.LOCK_UN)    # as when the first process ends
+    try:
+        for line in second.stdout:
+            said.append(line)
+            if "merge.json: another process is at work on it" in line:
+                break
+        time.sleep(1)
+        assert second.poll() is None and not path.exists(), "".join(said)
+        path.write_text(whole)
+    finally:
+        files.CLAIMS.pop(copy / "tiny/.claims").close()                    # as when the first process ends
     rest = second.communicate()[0]
     assert second.returncode == 0 and "nothing to do" in rest and path.read_text() == whole, rest
 

@@ -9,7 +9,7 @@ import ranks
 
 SHARED = ["tiny", "--tasks", "glyphs,signs", "--runs"]
 STAGES = [("probe", ["--probe-steps", "40", "--overwrite"]), ("finetune", ["--steps", "8", "--batch-size", "32", "--recipe", "full"]),
-          ("make_vectors", ["--recipe", "full"]), ("merge_eval", ["--recipe", "full", "--lambdas", "10"]), ("merge_eval", ["--recipe", "full", "--subsets", "1", "--lambdas", "3", "--images-per-task", "50"]),
+          ("make_vectors", ["--recipe", "full"]), ("merge_eval", ["--recipe", "full", "--lambdas", "8"]), ("merge_eval", ["--recipe", "full", "--subsets", "1", "--lambdas", "3", "--images-per-task", "50"]),
           ("disentangle", ["--recipe", "full", "--points", "3", "--samples", "100"])]
 
 
