@@ -346,11 +346,11 @@ def second_paper(found, merges, folders, out):
         pairs = {stem: {recipe: found[encoder, recipe].get(f"{stem}.json", {"pairs": {}})["pairs"] for recipe in there} for stem in ("representation", "disentangle")}
         for pair in sorted({pair for rows in pairs["representation"].values() for pair in rows}):
             grids = {stem: {recipe: read_grid(there[recipe] / stem / f"{pair}.npz", encoder, recipe) for recipe, rows in of_recipe.items() if pair in rows} for stem, of_recipe in pairs.items()}
-            blocks += [("picture", draw_metrics(out / f"metrics-{folders[encoder].name}-{pair}.png", grids)),
+            blocks += [("picture", draw_metrics(out / f"metrics-{folders[encoder].name}-{pair}.png", pair, grids)),
                        ("text", f"Disentanglement of {pair}, {encoder} (Figures 6 and 8): above of representations, KL divergence in nats, below of predictions; one colour scale for each row.")]
         cosines = {recipe: found[encoder, recipe]["vectors.json"] for recipe in there if "vectors.json" in found[encoder, recipe]}
         if cosines:
-            blocks += [("picture", draw_cosines(out / f"cosines-{folders[encoder].name}.png", encoder, cosines)),
+            blocks += [("picture", draw_cosines(out / f"cosines-{folders[encoder].name}.png", cosines)),
                        ("text", f"Cosine of task vectors, {encoder} (Figure 10); in the titles its mean and maximum over pairs.")]
     return blocks
 
@@ -404,20 +404,21 @@ def draw_panels(path, pair, grids, top):
     return path
 
 
-def draw_metrics(path, grids):
+def draw_metrics(path, pair, grids):
     """A row for each metric, a column for each recipe, a colour scale for each row; grids {"representation" or "disentangle": {recipe: (xi, lambdas)}}."""
     grids = {stem: row for stem, row in grids.items() if row}
-    columns = list(dict.fromkeys(recipe for row in grids.values() for recipe in row))
+    columns = [recipe for recipe in common.RECIPES if any(recipe in row for row in grids.values())]
     fig, panels = common.figure(2.5 * len(columns) + 1.2, 2.7 * len(grids), len(grids), len(columns), squeeze=False)
     for line, (stem, row) in zip(panels, grids.items()):
         top = 2 if stem == "disentangle" else max(xi.max() for xi, _ in row.values())
         for axes, recipe in zip(line, columns):
-            axes.set_title(recipe, fontsize=8)
             if recipe in row:
                 image = common.heat_map(axes, *row[recipe], top)
+                axes.set_title(recipe, fontsize=8)
             else:
                 axes.set_axis_off()
         fig.colorbar(image, ax=list(line), label="xi of predictions" if stem == "disentangle" else "KL of representations, nats")
+    fig.supxlabel(f"lambdas of the two tasks of {pair}: the first to the right, the second upwards", fontsize=9)
     common.save_figure(path, fig)
     return path
 
@@ -431,7 +432,7 @@ def read_grid(path, encoder, recipe):
         raise files.Refused(f'{path} cannot be read ({error}): delete it and run "python disentangle.py {encoder} --recipe {recipe} --overwrite" again') from error
 
 
-def draw_cosines(path, encoder, cosines):
+def draw_cosines(path, cosines):
     """One matrix over tasks for each recipe, on a colour scale that ends at the largest off the diagonals."""
     matrices = {recipe: (np.array(vectors["cosine"]), vectors["tasks"]) for recipe, vectors in cosines.items()}
     off = {recipe: matrix[~np.eye(len(matrix), dtype=bool)] for recipe, (matrix, _) in matrices.items()}
@@ -446,7 +447,7 @@ def draw_cosines(path, encoder, cosines):
         axes.set_xticks(range(len(tasks)), tasks, rotation=90, fontsize=7)
         axes.set_yticks(range(len(tasks)), tasks, fontsize=7)
         axes.set_title(f"{recipe}\nmean {off[recipe].mean():.3f}, largest {off[recipe].max():.3f}" if len(off[recipe]) else recipe, fontsize=8)
-    fig.colorbar(image, ax=panels, label=f"cosine, {encoder}", extend="max")
+    fig.colorbar(image, ax=panels, label="cosine of task vectors", extend="max")
     common.save_figure(path, fig)
     return path
 
