@@ -79,7 +79,7 @@ def replacing(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}.{platform.node()}."                            # another machine's process cannot be looked up here
     for left in path.parent.glob(f"{prefix}*.tmp"):
-        if Path("/proc/self").exists() and not Path("/proc", left.name[len(prefix):-4]).exists():
+        if Path("/proc/self").exists() and not Path("/proc", left.name[len(prefix):].split(".")[0]).exists():
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     temporary = path.with_name(f"{prefix}{os.getpid()}.tmp")
     try:
@@ -157,7 +157,13 @@ def save_tensors(path, tensors, from_any_rank=False, **metadata):
     about = metadata | {"sha256": fingerprint(tensors)}
     about = json.dumps(about | {"checksum": checksum(about)}, sort_keys=True)
     with replacing(path) as temporary:
-        save_file(tensors, temporary, {"about": about})  # one entry: their order would differ from file to file
+        folder = temporary.with_suffix(".writing.tmp")                     # safetensors leaves a file of its own beside it when it is killed
+        try:
+            folder.mkdir()
+            save_file(tensors, folder / path.name, {"about": about})       # one entry: their order would differ from file to file
+            os.replace(folder / path.name, temporary)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
