@@ -5,7 +5,6 @@ Vision encoders: the eight of the paper by name, `tiny`, and any other through t
 
 theta_pre is fetched once, checked, and kept in runs/ENCODER/pretrained.safetensors with all that is needed to build it again.
 """
-import contextlib
 import difflib
 import hashlib
 import re
@@ -146,7 +145,7 @@ def build_timm(args, name):
         with checked_download(CLIP_400M_FILE[0]):
             file = hf_hub_download(*CLIP_400M_FILE)
     overlay = {"pretrained_cfg_overlay": {"file": str(file)}} if file else {}
-    with contextlib.nullcontext() if file or not config.hf_hub_id else checked_download(config.hf_hub_id):
+    with checked_download(None if file else config.hf_hub_id):
         module = timm.create_model(name, pretrained=True, **kwargs, **overlay)  # its own number of classes, so timm loads strictly
     if "_clip_" in name and "_ft_" not in name:
         kwargs["num_classes"] = module.num_classes
@@ -167,7 +166,7 @@ def build_open_clip(args, name):
     kwargs, config = {"force_image_size": args.image_size} if args.image_size else {}, open_clip.get_pretrained_cfg(arch, tag)
     if config.get("quick_gelu"):
         kwargs["force_quick_gelu"] = True
-    with contextlib.nullcontext() if args.weights or not config.get("hf_hub") else checked_download("/".join(config["hf_hub"].split("/")[:2])):
+    with checked_download(None if args.weights else config.get("hf_hub")):
         module = open_clip.create_model(arch, pretrained=str(args.weights) if args.weights else tag, **kwargs).visual
     config = module.preprocess_cfg
     size = config["size"] if isinstance(config["size"], int) else config["size"][0]

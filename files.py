@@ -354,14 +354,16 @@ def go_offline_if_unreachable():
 def checked_download(repo, kind="model"):
     """Around what loads a repository of the hub: Refused, and the file deleted, where the hub's client keeps something else than the hub has.
 
+    repo  OWNER/NAME, a file's path behind it or not; None or "" where nothing comes from the hub
     The hub names large files (weights, data) by their SHA-256, and its cache keeps them under that name; the client itself compares sizes only.
     """
+    repo = "/".join((repo or "").split("/")[:2])
     try:
         yield
     finally:                                                               # a damaged file may also be why loading failed
         from huggingface_hub import constants
         blobs = Path(constants.HF_HUB_CACHE, f"{kind}s--{repo.replace('/', '--')}", "blobs").glob("[0-9a-f]" * 64)
-        for blob in sorted(blobs) if ranks.local_rank() == 0 else ():
+        for blob in sorted(blobs) if repo and ranks.local_rank() == 0 else ():
             with open(blob, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != blob.name:

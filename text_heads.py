@@ -6,7 +6,6 @@ Zero-shot heads: a linear classifier made of a CLIP text tower's embeddings of c
 It acts on image features of unit length and has no bias (common.logits). Only encoders with a text tower have one.
 Source  arXiv:2511.14569 appendix B
 """
-import contextlib
 import re
 
 import torch
@@ -58,7 +57,7 @@ def text_tower(args, encoder):
                 source = hf_hub_download(*CLIP_400M_FILE)
         config = open_clip.get_pretrained_cfg(arch, tag)
         kwargs = {"force_quick_gelu": True} if config.get("quick_gelu") else {}
-        with contextlib.nullcontext() if source != tag or not config.get("hf_hub") else checked_download("/".join(config["hf_hub"].split("/")[:2])):
+        with checked_download(config.get("hf_hub") if source == tag else None):
             model = open_clip.create_model(arch, pretrained=source, **kwargs).eval()
     except Refused:
         raise
