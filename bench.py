@@ -1,13 +1,15 @@
 """
 What the hardware can do, and what the evaluator, a fine-tuning step, a merge and a heat map make of it.
 
-    python bench.py                                              # ViT-Ti/16 at 128 pixels, about ten minutes on two CPU cores
-    python bench.py --quick                                      # the same parts in a minute or two, noisier
-    python bench.py timm:vit_base_patch16_224 --image-size 224 --images 2000 --train-batch 128     # for a data-centre GPU
-    python bench.py --study runs/vit_b16_dino                    # also the seconds of each stage of a finished study
+    python bench.py                              # ViT-Ti/16 at 128 pixels, about ten minutes on two CPU cores
+    python bench.py --quick                      # the same parts in a minute or two, noisier
+    python bench.py --quick --study runs/tiny    # also the seconds of each stage of a finished study
+    python bench.py timm:vit_base_patch16_224 --image-size 224 --images 2000 --train-batch 128    # for a GPU
 
-Weights and images are random: nothing here depends on their values. Compiling and warm-up are timed apart; every figure is a median
-of --repeats with its range, the parts that are compared measured in turn, since machines drift.
+Weights and images are random: nothing here depends on their values. Compiling and warm-up are timed apart;
+every figure is a median of --repeats with its range; what is compared is measured in turn: machines drift.
+
+Reads   with --study probe.json and */*.json of that folder, runs/ENCODER
 Writes  bench.json
 """
 import argparse
@@ -17,133 +19,202 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-import common
-import disentangle
-import encoders
-import files
 import finetune
-import linearized
+from common import Evaluator, Split, Task, head_tensors, random_head, save_head
+from disentangle import error_rows
+from lib import devices, encoders, flags, linearized
+from lib.files import Refused, fingerprint, read_json, write_json
+from lib.results import provenance
+from lib.study import run
+from lib.vectors import add_up, load_vector, save_vector
 
-TRAINED = ["aligned", "attention", "linearized"]  # the recipes whose training is timed
+TRAINED = ["aligned", "attention", "linearized"]            # the recipes whose training is timed
+CLASSES = list(range(10))                                   # of a random task
+STEP = 1e-3                                                 # a random task vector's deviation
+
+
+class Machine(NamedTuple):
+    device: torch.device
+    dtype: torch.dtype    # of the forward pass
+    compiled: bool        # whether the evaluator compiles, and on a GPU the training step
 
 
 def parse_args(argv=None):
-    parser = files.flag_parser(__doc__)
+    parser = flags.flag_parser(__doc__)
     add = parser.add_argument
-    add("encoder", nargs="?", default="timm:vit_tiny_patch16_224", help="timm:NAME (default timm:vit_tiny_patch16_224)")
-    add("--image-size", type=common.positive, default=128, help="pixels (default 128)")
-    add("--images", type=common.positive, default=200, help="validation images per task (default 200)")
-    add("--n-tasks", type=common.positive, default=8, help="tasks in the search (default 8)")
-    add("--lambdas", type=common.positive, default=10, help="weight settings in the search (default 10)")
-    add("--train-batch", type=common.positive, default=32, help="images per fine-tuning step (default 32)")
-    add("--repeats", type=common.positive, default=3, help="runs of each measurement (default 3)")
+    add("encoder", nargs="?", default="timm:vit_tiny_patch16_224",
+        help="timm:NAME (default timm:vit_tiny_patch16_224)")
+    add("--image-size", type=flags.positive, default=128, help="pixels (default 128)")
+    add("--images", type=flags.positive, default=200, help="validation images per task (default 200)")
+    add("--n-tasks", type=flags.positive, default=8, help="tasks in the search (default 8)")
+    add("--lambdas", type=flags.positive, default=10, help="weight settings in the search (default 10)")
+    add("--train-batch", type=flags.positive, default=32, help="images per fine-tuning step (default 32)")
+    add("--repeats", type=flags.positive, default=3, help="runs of each measurement (default 3)")
     add("--device", default="auto", help="cpu, cuda or auto")
-    add("--dtype", choices=["auto", "bf16", "fp32"], default="auto")
-    add("--compile", choices=["on", "off"], default="on")
-    add("--quick", action="store_true", help="fewer images, lambdas and steps")
-    add("--study", type=Path, help="folder of a finished study, runs/ENCODER: adds the seconds of its stages")
+    add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="of the forward pass")
+    add("--compile", choices=["on", "off"], default="on", help="compile the forward pass (default on)")
+    add("--quick", action="store_true", help="at most 16 images, 3 lambdas and 2 repeats; fewer steps")
+    add("--study", type=Path, help="folder of a finished study, runs/ENCODER: adds its stages' seconds")
     add("--out", type=Path, default=Path("bench.json"), help="result file (default bench.json)")
-    add("--part", help=argparse.SUPPRESS)  # internal: measure one part's peak memory in a process of its own
-    return parser.parse_args(argv)
+    add("--part", help=argparse.SUPPRESS)                   # internal: one part's peak memory and no more
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.images, args.lambdas = min(args.images, 16), min(args.lambdas, 3)
+        args.repeats = min(args.repeats, 2)
+    return args
 
 
 def main(args):
-    if args.quick:
-        args.images, args.lambdas, args.repeats = min(args.images, 16), min(args.lambdas, 3), min(args.repeats, 2)
-    encoder, device = random_encoder(args), common.pick_device(args.device)
+    # ---------------------------------------------------- open
+    device, repeats, batch = devices.pick_device(args.device), args.repeats, args.train_batch
+    encoder = random_encoder(args.encoder, args.image_size)
+    compiled, _ = devices.compile_pays(args.compile, device, encoder, 0)
+    machine = Machine(device, devices.pick_dtype(args.dtype, device)[0], compiled)
     if args.part:
-        print(peak_memory(args, encoder, device))
+        print(part_peak(args.part, encoder, machine, batch))
         return
-    flops, n, steps = common.forward_flops(encoder), args.n_tasks * args.images, 4 if args.quick else 10
+    stages = study_seconds(args.study) if args.study else {}
+    flops = devices.forward_flops(encoder)
 
-    # ------------------------------------------------------------------ (a) the ceiling: matrix products and copies
-    evaluator, splits, heads, settings = search(args, encoder, args.n_tasks)
-    peak_flops, peak_copy = ceiling(args, device, evaluator.dtype)
+    # ---------------------------------------------------- (a) the ceiling: matrix products and copies
+    products, copies = ceiling(machine, repeats)            # FLOP/s, bytes/s
 
-    # ------------------------------------------------------------------ (b) the evaluator in a lambda search, the bare forward pass, the plain way
+    # ---------------------------------------------------- (b) a lambda search: evaluator, bare, the plain way
+    evaluator = Evaluator(encoder, *machine)
+    evaluator.use_vectors(random_vectors(encoder, 1))
+    splits = [random_split(args.images, encoder.size, seed) for seed in range(args.n_tasks)]
+    heads = [a_head(encoder, device)] * args.n_tasks
+    settings = [(lam,) for lam in np.linspace(0, 1, args.lambdas + 1)[1:]]
+    n = args.n_tasks * args.images                          # images under one lambda
     compile_seconds = timed(lambda: evaluator.hits(splits[:1], heads[:1], settings[:1]), device)
-    forward, batches = bare_forward(encoder, evaluator, n * len(settings))
     with tempfile.TemporaryDirectory() as folder:
         prepare_plain(Path(folder), encoder, splits)
-        ways = {"evaluator": (lambda: evaluator.hits(splits, heads, settings), n * len(settings)), "bare forward": (forward, batches * evaluator.batch_size),
-                "plain way": (lambda: plain_way(Path(folder), encoder, heads, device), n)}
-        rates = {name: [] for name in ways}
-        for _ in range(args.repeats):
-            for name, (way, images) in ways.items():
-                rates[name].append(images / timed(way, device))
+        rates = in_turn({
+            "evaluator": (n * args.lambdas, lambda: evaluator.hits(splits, heads, settings)),
+            "bare forward": bare_forward(evaluator, splits, args.lambdas),
+            "plain way": (n, lambda: plain_way(Path(folder), encoder, heads, device))}, repeats, device)
 
-    # ------------------------------------------------------------------ (c) fine-tuning, (d) merging, (e) a heat map
-    train, steps_per_second = {recipe: training(args, encoder, device, recipe) for recipe in TRAINED}, {recipe: [] for recipe in TRAINED}
-    for _ in range(args.repeats):
-        for recipe in TRAINED:
-            steps_per_second[recipe].append(train[recipe](steps)["images_per_second"] / args.train_batch)
-    merging = {}
-    for vectors in (1, 8):
-        evaluator.use_vectors(evaluator.vectors[:1] * vectors)
-        merging[vectors] = repeat(args, lambda: evaluator.write((0.1,) * vectors), device)
+    # ---------------------------------------------------- (c) fine-tuning under three recipes
+    trainings = {name: training(finetune.RECIPES[name], encoder, machine, batch) for name in TRAINED}
+    trained = {name: [] for name in TRAINED}                # images/s
+    for _ in range(repeats):
+        for name, train in trainings.items():
+            trained[name].append(train(4 if args.quick else 10)["images_per_second"])
+
+    # ---------------------------------------------------- (d) merging, (e) a heat map
+    merging = {}                                            # {vectors: seconds per lambda}
+    for count in (1, 8):
+        evaluator.use_vectors(random_vectors(encoder, count))
+        merging[count] = repeated(lambda: evaluator.write((0.1,) * count), repeats, device)
     evaluator.use_vectors(evaluator.vectors[:2])
     lambdas = np.linspace(-1, 1, 3 if args.quick else 5)
-    cells = len(lambdas) ** 2 * 2 * args.images                            # images evaluated for the grid
-    grid = [cells / seconds for seconds in repeat(args, lambda: list(disentangle.error_rows(evaluator, splits[:2], heads[:2], lambdas, ["prediction"])), device)]
+    pair = [splits[0], splits[-1]], heads[:1] * 2, lambdas, ["prediction"]
+    images = len(lambdas) ** 2 * 2 * args.images
+    grid = [images / seconds for seconds
+            in repeated(lambda: list(error_rows(evaluator, *pair)), repeats, device)]
 
-    # ------------------------------------------------------------------ (f) the search of a linearized encoder: one pass, or a pass for each lambda
-    linear = linearized.evaluator(encoder, argparse.Namespace(**vars(args) | {"recipe": "linearized"}), 0)
-    linear_rates = {len(settings): [], 1: []}
-    for _ in range(args.repeats):
-        for k in linear_rates:
-            linear.use_vectors(evaluator.vectors[:1])                      # forgets what it has computed
-            linear_rates[k].append(k * n / timed(lambda: linear.hits(splits, heads, settings[:k]), device))
+    # ---------------------------------------------------- (f) a linearized encoder: one pass, or one a lambda
+    linear = linearized.LinearizedEvaluator(encoder, device, machine.dtype)
 
-    # ------------------------------------------------------------------ peak memory, in processes of their own
-    peaks = {part: own_process(args, part) for part in ("search over 2 tasks", "search over 8 tasks", *(f"fine-tuning {recipe}" for recipe in TRAINED))}
+    def search_linear(count):
+        linear.use_vectors(evaluator.vectors[:1])           # forgets what it has computed
+        linear.hits(splits, heads, settings[:count])
+
+    linear_rates = in_turn({args.lambdas: (args.lambdas * n, lambda: search_linear(args.lambdas)),
+                            1: (n, lambda: search_linear(1))}, repeats, device)
+
+    # ---------------------------------------------------- peak memory, in processes of their own
+    parts = ["search over 2 tasks", "search over 8 tasks", *(f"fine-tuning {name}" for name in TRAINED)]
+    peaks = {part: own_process(args, part) for part in parts}
     encoder_bytes = sum(tensor.numel() * 4 for tensor in evaluator.theta_pre.values())
 
-    # ------------------------------------------------------------------ results
-    result = {"config": {key: str(value) for key, value in vars(args).items()}, **files.provenance(device), "dtype": str(evaluator.dtype)[6:],
-              "batch_size": evaluator.batch_size, "flops_per_image": flops, "matmul_flops_per_second": peak_flops, "copy_bytes_per_second": peak_copy,
-              "compile_seconds": compile_seconds, "images_per_second": rates, "train_steps_per_second": steps_per_second,
-              "seconds_per_merge": merging, "heat_map_images_per_second": grid, "linearized_images_per_second": linear_rates, "peak_bytes": peaks, "encoder_bytes": encoder_bytes}
-    if args.study:
-        result["study_seconds"] = study_seconds(args.study)
-    files.write_json(args.out, result)
-    top = float(np.median(peak_flops))
-    print(f"{args.encoder}, {encoder.size} pixels, {result['dtype']}, batch {evaluator.batch_size}, {result['machine']['device']}, {result['machine']['threads']} threads, "
-          f"torch {torch.__version__}, {result['machine']['date']}; {flops / 1e9:.2f} GFLOP an image; compiling and first batch {compile_seconds:.0f} s\n")
-    rows = [["matrix product", "GFLOP/s", spread([value / 1e9 for value in peak_flops]), "1", ""], ["copy", "GB/s, read and written", spread([value / 1e9 for value in peak_copy]), "", ""]]
+    # ---------------------------------------------------- save
+    about = provenance(device)
+    write_json(args.out, {
+        "config": {key: str(value) for key, value in vars(args).items()}, **about,
+        "dtype": str(machine.dtype)[6:], "batch_size": evaluator.batch_size, "flops_per_image": flops,
+        "matmul_flops_per_second": products, "copy_bytes_per_second": copies,
+        "compile_seconds": compile_seconds, "images_per_second": rates, "train_images_per_second": trained,
+        "seconds_per_merge": merging, "heat_map_images_per_second": grid,
+        "linearized_images_per_second": linear_rates, "peak_bytes": peaks, "encoder_bytes": encoder_bytes,
+        "study_seconds": stages})
+
+    # ---------------------------------------------------- say
+    def share(values, passes=1):
+        """Of the matrix product's FLOP/s, at so many forward passes an image."""
+        return f"{np.median(values) * passes * flops / np.median(products):.2f}"
+
+    rows = [["what", "unit", f"median of {repeats} (range)", "of the matrix product", "ratio"], ["---"] * 5,
+            ["matrix product", "GFLOP/s", spread(np.divide(products, 1e9)), "1", ""],
+            ["copy", "GB/s, read and written", spread(np.divide(copies, 1e9)), "", ""]]
     for name, values in rates.items():
-        against = "" if name == "evaluator" else spread([a / b for a, b in zip(rates["evaluator"], values)])
-        rows.append([name, "img/s", spread(values), f"{np.median(values) * flops / top:.2f}", against])
-    rows += [["heat map", "img/s", spread(grid), f"{np.median(grid) * flops / top:.2f}", ""],
-             [f"fine-tuning aligned, batch {args.train_batch}", "img/s", spread([value * args.train_batch for value in steps_per_second["aligned"]]),
-              f"{np.median(steps_per_second['aligned']) * args.train_batch * 3 * flops / top:.2f}", ""]]
-    for recipe in TRAINED[1:]:
-        rows.append([f"fine-tuning {recipe}", "img/s; times aligned's", spread([value * args.train_batch for value in steps_per_second[recipe]]), "",
-                     spread([a / b for a, b in zip(steps_per_second[recipe], steps_per_second["aligned"])])])
-    rows += [[f"linearized, {k} lambda{'s in one pass' if k > 1 else ''}", "img/s, each lambda counted", spread(values), "", ""] for k, values in linear_rates.items()]
-    rows += [[f"merging, {vectors} vector{'s' if vectors > 1 else ''} on the device", "ms per lambda", spread([1000 * value for value in seconds]), "", ""] for vectors, seconds in merging.items()]
-    rows += [[f"peak memory, {part}", "MiB", f"{peak / 2**20:.0f}", "", ""] for part, peak in peaks.items()]
-    rows += [[f"study, {stage}", "s", f"{seconds:.0f}", "", ""] for stage, seconds in result.get("study_seconds", {}).items()]
-    for row in [["what", "unit", f"median of {args.repeats} (range)", "of the matrix product", "ratio"], ["---"] * 5, *rows]:
+        ratio = "" if name == "evaluator" else spread(np.divide(rates["evaluator"], values))
+        rows.append([name, "img/s", spread(values), share(values), ratio])
+    rows.append(["heat map", "img/s", spread(grid), share(grid), ""])
+    for name, values in trained.items():
+        against = "" if name == "aligned" else spread(np.divide(values, trained["aligned"]))
+        rows.append([f"fine-tuning {name}, batch {batch}", "img/s; times aligned's", spread(values),
+                     "" if against else share(values, 3), against])
+    for count, values in linear_rates.items():
+        label = f"linearized, {count} lambda{'s in one pass' if count > 1 else ''}"
+        rows.append([label, "img/s, each lambda counted", spread(values), "", ""])
+    for count, values in merging.items():
+        label = f"merging, {count} vector{'s' if count > 1 else ''} on the device"
+        rows.append([label, "ms per lambda", spread(np.multiply(values, 1000)), "", ""])
+    rows += [[f"peak memory, {part}", "MiB", f"{peak / 2 ** 20:.0f}", "", ""] for part, peak in peaks.items()]
+    rows += [[f"study, {stage}", "s", f"{value:.0f}", "", ""] for stage, value in stages.items()]
+    where = about["machine"]
+    print(f"{args.encoder}, {encoder.size} pixels, {str(machine.dtype)[6:]}, batch {evaluator.batch_size}, "
+          f"{where['device']}, {where['threads']} threads, torch {where['torch']}, {where['date']}; "
+          f"{flops / 1e9:.2f} GFLOP an image; compiling and first batch {compile_seconds:.0f} s\n")
+    for row in rows:
         print("| " + " | ".join(row) + " |")
-    print(f"\nencoder in fp32: {encoder_bytes / 2**20:.0f} MiB")
+    print(f"\nencoder in fp32: {encoder_bytes / 2 ** 20:.0f} MiB")
 
 
-def random_encoder(args):
-    """The architecture with random weights as an Encoder."""
-    if not args.encoder.startswith("timm:"):
-        raise files.Refused(f"bench needs timm:NAME, not {args.encoder}")
+# --------------------------------------------------------------------------------------- random material
+
+
+def random_encoder(name, size):
+    """A timm architecture with random weights as an Encoder."""
+    if not name.startswith("timm:"):
+        raise Refused(f"bench needs timm:NAME, not {name}")
+    architecture = {"library": "timm", "name": name.removeprefix("timm:"),
+                    "kwargs": {"img_size": size, "num_classes": 0}}
     torch.manual_seed(0)
-    architecture = {"library": "timm", "name": args.encoder.removeprefix("timm:"), "kwargs": {"img_size": args.image_size, "num_classes": 0}}
-    return encoders.Encoder(args.encoder, encoders.build_architecture(architecture).eval(), args.image_size, (0.5,) * 3, (0.5,) * 3, 1.0, "random")
+    try:
+        module = encoders.build_architecture(architecture).eval()
+        description = encoders.describe(module, architecture, size, (0.5,) * 3, (0.5,) * 3, 1.0, encoder=name)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise Refused(f"timm has no {name} for images of {size} pixels ({error})") from error
+    return encoders.as_encoder(module, description, "random")
 
 
-# ---------------------------------------------------------------------------------------------- timing
+def random_split(n, size, seed=0):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (n, 3, size, size), dtype=np.uint8)
+    return Split(images, np.arange(n), rng.integers(0, len(CLASSES), n))
+
+
+def a_head(encoder, device):
+    return random_head(encoder.width, len(CLASSES), torch.Generator(device).manual_seed(0))
+
+
+def random_vectors(encoder, count):
+    """`count` task vectors, {name: tensor} each."""
+    theta_pre = encoders.weights_of(encoder.module)
+    return [{name: STEP * torch.randn_like(tensor) for name, tensor in theta_pre.items()}
+            for _ in range(count)]
+
+
+# --------------------------------------------------------------------------------------- timing
 
 
 def timed(function, device):
@@ -157,9 +228,18 @@ def timed(function, device):
     return time.perf_counter() - start
 
 
-def repeat(args, function, device):
-    """Seconds of --repeats calls after one that does not count."""
-    return [timed(function, device) for _ in range(args.repeats + 1)][1:]
+def repeated(function, repeats, device):
+    """Seconds of each of `repeats` calls, after one that does not count."""
+    return [timed(function, device) for _ in range(repeats + 1)][1:]
+
+
+def in_turn(ways, repeats, device):
+    """{name: images/s, `repeats` values} of {name: (images of a call, function)}, a call of each in turn."""
+    rates = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, (images, function) in ways.items():
+            rates[name].append(images / timed(function, device))
+    return rates
 
 
 def spread(values):
@@ -168,162 +248,155 @@ def spread(values):
     return f"{np.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
-# ---------------------------------------------------------------------------------------------- what is timed
+# --------------------------------------------------------------------------------------- what is timed
 
 
-def ceiling(args, device, dtype):
-    """(FLOP/s of a large matrix product in dtype, bytes/s read and written by a large copy), --repeats values of each."""
-    side, size, loops = (8192, 2 ** 30, 50) if device.type == "cuda" else (2048, 2 ** 28, 10)
-    a, b = torch.randn(2, side, side, device=device).to(dtype)
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
+def ceiling(machine, repeats):
+    """(FLOP/s of a large matrix product, bytes/s read and written by a large copy), `repeats` of each."""
+    side, size, loops = (8192, 2 ** 30, 50) if machine.device.type == "cuda" else (2048, 2 ** 28, 10)
+    a, b = torch.randn(2, side, side, device=machine.device).to(machine.dtype)
+    source = torch.zeros(size, dtype=torch.uint8, device=machine.device)
     target = torch.empty_like(source)
-    products = repeat(args, lambda: [a @ b for _ in range(loops)], device)
-    copies = repeat(args, lambda: [target.copy_(source) for _ in range(loops)], device)
-    return [loops * 2 * side ** 3 / seconds for seconds in products], [loops * 2 * size / seconds for seconds in copies]
+    products = repeated(lambda: [a @ b for _ in range(loops)], repeats, machine.device)
+    copies = repeated(lambda: [target.copy_(source) for _ in range(loops)], repeats, machine.device)
+    return ([loops * 2 * side ** 3 / seconds for seconds in products],
+            [loops * 2 * size / seconds for seconds in copies])
 
 
-def search(args, encoder, n_tasks):
-    """(evaluator with one summed vector, splits, heads, settings) of a lambda search on random images."""
-    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
-    splits = [common.Split(rng.integers(0, 256, (args.images, 3, encoder.size, encoder.size), dtype=np.uint8), np.arange(args.images),
-                           rng.integers(0, 10, args.images)) for _ in range(n_tasks)]
-    evaluator = common.Evaluator(encoder, args, 0)
-    heads = [{name: tensor.to(evaluator.device) for name, tensor in common.random_head(encoder.module.num_features, 10, generator).items()} for _ in splits]
-    evaluator.use_vectors([{name: 1e-3 * torch.randn(tensor.shape, generator=generator) for name, tensor in evaluator.theta_pre.items()}])
-    return evaluator, splits, heads, [(lam,) for lam in np.linspace(0, 1, args.lambdas + 1)[1:]]
+@torch.inference_mode()
+def bare_forward(evaluator, splits, n_settings):
+    """(images, function): a search's forward passes and nothing else, the evaluator's ceiling.
 
-
-def bare_forward(encoder, evaluator, images):
-    """(the same encoder, dtype and batch on data that is resident and normalised, nothing else; batches in a call of it)."""
-    module = copy.deepcopy(evaluator.module)
-    if evaluator.forward is not evaluator.eager:
-        module = torch.compile(module, dynamic=False)
-    pixels = torch.randn(evaluator.batch_size, 3, encoder.size, encoder.size, device=evaluator.device, dtype=evaluator.dtype)
-    batches = -(-images // evaluator.batch_size)
+    They are those of the evaluator's own module, compiled as it is, on batches that are prepared and stay on
+    the device.
+    """
+    _, inputs = next(evaluator.chunks(splits))              # the first chunk of the stream, again and again
+    prepared = inputs.split(evaluator.batch_size)
+    count = -(-n_settings * sum(len(split) for split in splits) // evaluator.batch_size)
 
     @torch.inference_mode()
     def forward():
-        for _ in range(batches):
-            module(pixels)
+        for i in range(count):
+            evaluator.forward(prepared[i % len(prepared)])
 
-    with torch.inference_mode():
-        module(pixels)
-    return forward, batches
+    return count * evaluator.batch_size, forward
 
 
 def prepare_plain(folder, encoder, splits):
-    """JPEG files, a checkpoint and a vector on disk, as the usual scripts find them."""
+    """Folders of JPEG files, a checkpoint and a vector on disk, as the usual scripts find them."""
     from PIL import Image
     for t, split in enumerate(splits):
-        for index, image in enumerate(split.images):
-            (folder / str(t)).mkdir(exist_ok=True)
-            Image.fromarray(image.transpose(1, 2, 0)).save(folder / str(t) / f"{split.labels[index]}_{index}.jpg", quality=90)
-    theta = {name: tensor.float().cpu() for name, tensor in encoder.module.state_dict().items()}
-    save_file(theta, folder / "pretrained.safetensors")
-    save_file({name: 1e-3 * torch.randn_like(tensor) for name, tensor in theta.items()}, folder / "vector.safetensors")
-
-
-class Pictures(torch.utils.data.Dataset):
-    """(path, label) rows, each picture decoded and transformed when it is asked for."""
-
-    def __init__(self, rows, transform):
-        self.rows, self.transform = rows, transform
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        from PIL import Image
-        path, label = self.rows[index]
-        return self.transform(Image.open(path).convert("RGB")), label
+        for index, image in enumerate(split.inputs):
+            path = folder / str(t) / str(split.labels[index]) / f"{index}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.transpose(1, 2, 0)).save(path, quality=90)
+    theta_pre = {name: tensor.float() for name, tensor in encoder.module.state_dict().items()}
+    vector = {name: STEP * torch.randn_like(tensor) for name, tensor in theta_pre.items()}
+    save_file(theta_pre, folder / "pretrained.safetensors")
+    save_file(vector, folder / "vector.safetensors")
 
 
 def plain_way(folder, encoder, heads, device):
-    """One lambda as public scripts evaluate it: load_state_dict, a DataLoader that decodes every picture, fp32, eager."""
+    """One lambda as public scripts evaluate it: load_state_dict, a DataLoader that decodes, fp32, eager."""
+    from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
-    transform = v2.Compose([v2.Resize(encoder.size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(encoder.size), v2.ToImage(),
-                            v2.ToDtype(torch.float32, scale=True), v2.Normalize(encoder.mean, encoder.std)])
+    transform = v2.Compose([
+        v2.Resize(encoder.size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(encoder.size), v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True), v2.Normalize(encoder.mean, encoder.std)])
     pre, vector = load_file(folder / "pretrained.safetensors"), load_file(folder / "vector.safetensors")
     module, hits = copy.deepcopy(encoder.module).to(device), 0
     module.load_state_dict({name: pre[name] + 0.3 * vector[name] for name in pre})
     for t, head in enumerate(heads):
-        paths = sorted((folder / str(t)).glob("*.jpg"))
-        rows = [(path, int(path.name.split("_")[0])) for path in paths]
-        loader = torch.utils.data.DataLoader(Pictures(rows, transform), batch_size=128, num_workers=2)
+        pictures = ImageFolder(folder / str(t), transform)
         with torch.no_grad():
-            for images, labels in loader:
-                logits = F.linear(module(images.to(device)), head["weight"], head["bias"])
+            for images, labels in torch.utils.data.DataLoader(pictures, batch_size=128, num_workers=2):
+                logits = F.linear(module(images.to(device)), head.weight, head.bias)
                 hits += (logits.argmax(1) == labels.to(device)).sum().item()
     return hits
 
 
-def training(args, encoder, device, recipe):
-    """A function of a number of steps that says what finetune.train does of their cost on random images; two steps have warmed it up."""
-    rng = np.random.default_rng(0)
-    split = common.Split(rng.integers(0, 256, (4 * args.train_batch, 3, encoder.size, encoder.size), dtype=np.uint8), np.arange(4 * args.train_batch),
-                         rng.integers(0, 10, 4 * args.train_batch))
-    task, head = common.Task("bench", {"train": split}, list(range(10)), ""), common.random_head(encoders.width_of(encoder), 10, torch.Generator().manual_seed(0))
-    head = {name: tensor.to(device) for name, tensor in head.items()}
-    module = copy.deepcopy(encoder.module).to(device, torch.float32).train()
-    settings = argparse.Namespace(recipe=recipe, encoder=args.encoder, batch_size=args.train_batch, seed=0, dtype=args.dtype)
-    finetune.choose_parameters(module, settings)
-    if common.RECIPES[recipe].linear:
+def training(recipe, encoder, machine, batch_size):
+    """A function of a number of steps, warmed up: what finetune.train says of their cost on random images."""
+    device = machine.device
+    task = Task("bench", {"train": random_split(4 * batch_size, encoder.size)}, CLASSES, "", "")
+    head, module = a_head(encoder, device), copy.deepcopy(encoder.module).to(device).train()
+    finetune.choose_parameters(module, recipe, encoder.name)
+    forward, amp = module, device.type == "cuda" and machine.dtype == torch.bfloat16
+    if recipe.linear:
         forward = linearized.forward(module, encoder, device)
-    else:
-        forward = torch.compile(module, dynamic=False) if device.type == "cuda" and args.compile == "on" else module
+    elif machine.compiled and device.type == "cuda":
+        forward = torch.compile(module, dynamic=False)
 
     def train(steps):
-        return finetune.train(forward, module, encoder, task, head, 1e-5, argparse.Namespace(**vars(settings), steps=steps))[2]
+        plan = {"lr": 1e-5, "steps": steps, "batch_size": batch_size, "seed": 0}
+        _, _, cost = finetune.train(forward, module, encoder, task, head, recipe, plan, amp)
+        return cost
 
     train(2)
     return train
 
 
+# --------------------------------------------------------------------------------------- memory, a study
+
+
 def own_process(args, part):
-    """peak_memory of a part, measured in a process of its own."""
-    words = [sys.executable, __file__, args.encoder, "--image-size", args.image_size, "--images", 32, "--lambdas", 2, "--compile", "off", "--repeats", 1,
-             "--train-batch", args.train_batch, "--device", args.device, "--dtype", args.dtype, "--part", part]
-    return int(subprocess.run([str(word) for word in words], check=True, capture_output=True, text=True).stdout.split()[-1])
+    """part_peak with the same encoder, device and dtype in a process of its own, eager."""
+    words = [sys.executable, __file__, args.encoder, "--image-size", args.image_size, "--device", args.device,
+             "--dtype", args.dtype, "--train-batch", args.train_batch, "--compile", "off", "--part", part]
+    said = subprocess.run(list(map(str, words)), check=True, stdout=subprocess.PIPE, text=True).stdout
+    return int(said.split()[-1])
 
 
-def peak_memory(args, encoder, device):
-    """Peak bytes of fine-tuning, or of a search whose vectors are read from disk; on a GPU of its allocator, on a CPU of the whole process."""
-    if args.part.startswith("fine-tuning"):
-        return training(args, encoder, device, args.part.split()[1])(2)["peak_memory_bytes"]
-    theta, names = encoders.weights_of(encoder.module), [f"task{t}" for t in range(int(args.part.split()[2]))]
+def part_peak(part, encoder, machine, train_batch):
+    """Peak bytes of "fine-tuning RECIPE" or of a "search over N tasks" whose vectors are read from disk.
+
+    Returns  on a GPU the bytes of its allocator, on a CPU those of the whole process
+    """
+    if part.startswith("fine-tuning"):
+        train = training(finetune.RECIPES[part.split()[1]], encoder, machine, train_batch)
+        return train(2)["peak_memory_bytes"]
+    names = [f"task{t}" for t in range(int(part.split()[2]))]
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        head = common.random_head(encoder.module.num_features, 10, torch.Generator().manual_seed(0))
-        for name in names:
-            files.save_tensors(folder / "heads" / f"{name}.safetensors", head, theta_pre=encoder.theta_pre)
-            files.save_tensors(folder / "aligned" / "vectors" / f"{name}.safetensors", {key: tensor * 1e-3 for key, tensor in theta.items()},
-                               theta_pre=encoder.theta_pre, recipe="aligned", head=files.fingerprint(head))
-        evaluator, splits, heads, settings = search(args, encoder, 1)
-        total, _ = common.sum_of_vectors(folder, "aligned", names, encoder)
-        evaluator.use_vectors([total])
-        evaluator.hits(splits, heads, settings)
-    return common.peak_memory(device)
+        variant = Path(folder) / "aligned"
+        write_vectors(variant, names, encoder)
+        devices.reset_peak_memory(machine.device)
+        evaluator = Evaluator(encoder, *machine)
+        evaluator.use_vectors([add_up(load_vector(variant, name, encoder) for name in names)])
+        evaluator.hits([random_split(32, encoder.size)], [a_head(encoder, machine.device)], [(0.5,), (1.0,)])
+    return devices.peak_memory(machine.device)
+
+
+def write_vectors(variant, names, encoder):
+    """A head and a task vector for each name, as probe.py and make_vectors.py write them."""
+    head = a_head(encoder, torch.device("cpu"))
+    recipe = {"name": "aligned", **finetune.RECIPES["aligned"]._asdict()}
+    about = {"theta_pre": encoder.fingerprint, "recipe": recipe, "data": "", "sha256": "",
+             "head": fingerprint(head_tensors(head))}
+    for name in names:
+        task = Task(name, {}, CLASSES, "", "")
+        save_head(variant.parent / "heads" / f"{name}.safetensors", head, task, encoder)
+        [vector] = random_vectors(encoder, 1)
+        save_vector(variant, vector, about | {"task": name})
 
 
 def study_seconds(folder):
-    """{stage: seconds} of a finished study from its JSON files; loading, compiling and pictures are not in them."""
-    probe = files.read_json(folder / "probe.json", "python probe.py ENCODER")
+    """{stage: seconds} of a finished study's results; loading, compiling and pictures are not in them."""
+    probe = read_json(folder / "probe.json", "python probe.py ENCODER")
     seconds = {"features": sum(row["feature_seconds"] for row in probe["tasks"].values()),
                "heads": probe["search"]["seconds"] + sum(row["seconds"] for row in probe["tasks"].values())}
+    rows = {"finetune.json": ("fine-tuning", "tasks"), "scaling.json": ("subsets", "subsets"),
+            "disentangle.json": ("heat maps", "pairs")}
     for path in sorted(folder.glob("*/*.json")):
-        result, recipe = files.read_json(path, "its stage"), path.parent.name
-        if path.name == "finetune.json":
+        name = path.parent.name
+        if path.name == "merge.json":
+            seconds[f"{name}, lambda search"] = read_json(path, "python merge_eval.py ENCODER")["seconds"]
+        elif path.name in rows:
+            result, (stage, key) = read_json(path, "its stage"), rows[path.name]
             if "search" in result:
-                seconds[f"{recipe}, learning-rate search"] = sum(result["search"]["seconds"].values())
-            seconds[f"{recipe}, fine-tuning"] = sum(row["seconds"] for row in result["tasks"].values())
-        elif path.name == "merge.json":
-            seconds[f"{recipe}, lambda search"] = result["seconds"]
-        elif path.name == "scaling.json":
-            seconds[f"{recipe}, subsets"] = sum(row["seconds"] for row in result["subsets"])
-        elif path.name == "disentangle.json":
-            seconds[f"{recipe}, heat maps"] = sum(row["seconds"] for row in result["pairs"].values())
+                seconds[f"{name}, learning-rate search"] = sum(result["search"]["seconds"].values())
+            seconds[f"{name}, {stage}"] = sum(row["seconds"] for row in result[key].values())
     return seconds
 
 
 if __name__ == "__main__":
-    files.run(main, parse_args)
+    run(main, parse_args)

@@ -1,266 +1,369 @@
 """
 Fine-tune the encoder on each task: with its probed head frozen, or under another recipe.
 
-    python finetune.py vit_b16_dino                              # searches the learning rate on Cars first
-    python finetune.py vit_b16_dino --recipe full                # encoder and a random head together
-    python finetune.py vit_b16_clip_laion2b --recipe zeroshot    # head from class names, frozen
-    python finetune.py vit_b16_dino --lr 1e-5                    # without the search
-    python finetune.py tiny --tasks glyphs,textures --steps 100
-    torchrun --nproc-per-node 8 finetune.py vit_b16_dino         # a learning rate or a task for each of eight GPUs
+    python finetune.py tiny --recipe full                     # encoder and a random head together
+    python finetune.py tiny --tasks glyphs,textures --steps 100 --name short    # beside the first
+    python finetune.py vit_b16_dino                           # searches the learning rate on Cars first
+    python finetune.py vit_b16_dino --lr 1e-5 --name slow     # without the search, beside the first
+    python finetune.py vit_b16_clip_laion2b --recipe zeroshot # head from class names, frozen
+    torchrun --nproc-per-node 8 finetune.py vit_b16_dino      # a learning rate or a task for each of 8 GPUs
 
-Reads   runs/ENCODER/pretrained.safetensors, for aligned heads/TASK.safetensors (probe.py)
-Writes  runs/ENCODER/RECIPE/finetuned/TASK.safetensors, finetune.json, for the other recipes also heads/TASK.safetensors;
-        while a task trains state/TASK-*.safetensors, from which the same command continues after a kill, bit for bit on a CPU
-Source  arXiv:2511.14569 section 3.1, appendices B, C, G and H: AdamW, 2,000 steps of 128, warm-up, cosine to 0
+Reads   runs/ENCODER/pretrained.safetensors, for recipes on probed heads heads/TASK.safetensors (probe.py)
+Writes  runs/ENCODER/NAME/finetuned/TASK.safetensors, finetune.json, for other heads also
+        heads/TASK.safetensors; while a task trains state/TASK-*.state, from which the same command continues
+        after a kill, bit for bit on a CPU
+Source  arXiv:2511.14569 section 3.1, appendices B, C, G and H: AdamW, 2,000 steps of 128, warm-up, cosine to
+        0; arXiv:2407.07089 for the recipes that train attention alone, or in the tangent space
 """
 import copy
-import hashlib
-import json
 import re
 import time
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-import common
-import encoders
-import files
-import linearized
-import ranks
-import text_heads
+from common import (Head, cached_features, count_hits, head_tensors, load_head, logits, random_head,
+                    save_head)
+from lib import devices, flags, linearized, ranks
+from lib.encoders import weights_of
+from lib.files import (Refused, checksum, file_metadata, fingerprint, load_state, read_json, save_state,
+                       save_tensors)
+from lib.progress import progress
+from lib.study import open_study, run
+from lib.training import batches, check_search, compare, learning_rate, search_task
+from lib.vectors import head_file, task_vector
 
 LEARNING_RATES = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
+DEFAULTS = {"steps": 2000, "batch_size": 128, "lr": "search"}    # an encoder's own settings come before these
 WEIGHT_DECAY, CLIP_NORM = 0.1, 1.0
 
 
+class Recipe(NamedTuple):
+    head: str             # where it comes from: "probed" (probe.py), "random", or "text" (lib/text_heads.py)
+    train_head: bool      # along with the encoder, else it stays frozen
+    trained: str = ""     # regular expression of the encoder's parameters that train; empty: all of them
+    linear: bool = False  # the encoder is its first-order Taylor expansion at theta_pre
+
+
+# the parameters' names in timm and in open_clip
+ATTENTION = r"attn\.(qkv|[qkv]_proj|proj|in_proj|out_proj)[._]weight$"
+ATTENTION_BIAS = r"attn\.(qkv|[qkv]_proj|proj|in_proj|out_proj)[._](weight|bias)$"
+ATTENTION_MLP = r"(attn\.(qkv|[qkv]_proj|proj|in_proj|out_proj)[._]|mlp\.(fc1|fc2|c_fc|c_proj)\.)weight$"
+ATTENTION_MLP_BIAS = (r"(attn\.(qkv|[qkv]_proj|proj|in_proj|out_proj)[._]|mlp\.(fc1|fc2|c_fc|c_proj)\.)"
+                      r"(weight|bias)$")
+
+RECIPES = {
+    "aligned": Recipe("probed", False),
+    "full": Recipe("random", True),
+    "zeroshot": Recipe("text", False),
+    "zeroshot-full": Recipe("text", True),
+    "attention": Recipe("probed", False, ATTENTION),
+    "attention-bias": Recipe("probed", False, ATTENTION_BIAS),
+    "attention-mlp": Recipe("probed", False, ATTENTION_MLP),
+    "attention-mlp-bias": Recipe("probed", False, ATTENTION_MLP_BIAS),
+    "linearized": Recipe("probed", False, linear=True),
+    "attention-zeroshot": Recipe("text", False, ATTENTION),
+    "attention-bias-zeroshot": Recipe("text", False, ATTENTION_BIAS),
+    "attention-mlp-zeroshot": Recipe("text", False, ATTENTION_MLP),
+    "attention-mlp-bias-zeroshot": Recipe("text", False, ATTENTION_MLP_BIAS),
+    "linearized-zeroshot": Recipe("text", False, linear=True),
+    "attention-random": Recipe("random", True, ATTENTION),
+    "attention-bias-random": Recipe("random", True, ATTENTION_BIAS),
+    "attention-mlp-random": Recipe("random", True, ATTENTION_MLP),
+    "attention-mlp-bias-random": Recipe("random", True, ATTENTION_MLP_BIAS),
+    "linearized-random": Recipe("random", True, linear=True),
+}
+
+
 def parse_args(argv=None):
-    parser = common.stage_parser(__doc__)
-    common.add_recipe(parser)
-    parser.add_argument("--steps", type=common.positive, default=2000, help="optimizer steps per task (default 2000)")
-    parser.add_argument("--batch-size", type=common.positive, default=128, help="images per step (default 128)")
-    parser.add_argument("--save-minutes", type=common.positive_float, default=5.0, help="minutes between two savings of the training state (default 5)")
-    parser.add_argument("--lr", type=common.positive_float, help="peak learning rate; without it a search over decades on one task, cars or else the first")
-    return parser.parse_args(argv)
+    parser = flags.stage_parser(__doc__)
+    add = parser.add_argument
+    add("--recipe", choices=list(RECIPES), metavar="RECIPE",
+        help=f"how theta_t comes about: {', '.join(RECIPES)} "
+             f"(default: --name where that is one, else aligned)")
+    add("--name", type=flags.folder_name,
+        help="the variant's name, its folder runs/ENCODER/NAME (default: the recipe)")
+    add("--steps", type=flags.positive, help="optimizer steps per task (default 2000; tiny 120)")
+    add("--batch-size", type=flags.positive, help="images per step (default 128; tiny 64)")
+    add("--lr", type=flags.positive_float,
+        help="peak learning rate (default: a search over decades on one task, cars or else the first; "
+             "tiny 5e-4 for aligned)")
+    add("--save-minutes", type=flags.positive_float, default=5.0,
+        help="minutes between two savings of the training state (default 5)")
+    args = parser.parse_args(argv)
+    args.recipe = args.recipe or (args.name if args.name in RECIPES else "aligned")
+    args.name = args.name or args.recipe
+    return args
 
 
 def main(args):
-    # ------------------------------------------------------------------ what is to be done
-    folder, sources = encoders.run_folder(args), dict(common.task_names(args))
-    encoder = encoders.load_encoder(args)
-    device, search = common.pick_device(args.device), common.search_task(list(sources))
-    config = {"encoder": args.encoder, "theta_pre": encoder.theta_pre, "image_size": encoder.size, "recipe": args.recipe,
-              "steps": args.steps, "batch_size": args.batch_size, "lr": args.lr or "search", "weight_decay": WEIGHT_DECAY,
-              "seed": args.seed, "dtype": str(common.pick_dtype(args.dtype, device)[0])[6:]}
-    path, recipe = folder / args.recipe / "finetune.json", common.RECIPES[args.recipe]
-    result = files.open_result(path, config, args.overwrite, device, sources)
-    common.check_search(path, result, search)
-    done = result.setdefault("tasks", {})
-    if recipe.head == "probed":
-        files.require_rows(folder / "probe.json", list(sources), f"python probe.py {args.encoder}")
-    tasks = {name: common.load_task(name, source, encoder, args) for name, source in sources.items()}
-    written = {name: [folder / args.recipe / "finetuned" / f"{name}.safetensors", common.head_file(folder, args.recipe, name, args.encoder)[0]] for name in tasks}
-    todo = [name for name, task in tasks.items() if done.get(name, {}).get("data") != task.fingerprint or not all(file.exists() for file in written[name])]
-    if not todo:
-        print(f"finetune: {path} has all {len(sources)} tasks, nothing to do (--overwrite to redo)")
+    # ---------------------------------------------------- open
+    study = open_study(args, __file__, "probe.json")
+    encoder, device, recipe = study.encoder, study.device, RECIPES[args.recipe]
+    settings = study.settings("finetune", args, DEFAULTS, args.recipe)
+    how = {"name": args.recipe, **recipe._asdict()}
+    head_files = {name: head_file(study.here, how, name, encoder.name)[0] for name in study.sources}
+    tuned_files = {name: study.here / "finetuned" / f"{name}.safetensors" for name in study.sources}
+    made_of = {name: {"data": data} for name, data in study.data.items()}
+    for name in study.sources if recipe.head == "probed" else ():
+        made_of[name]["head"] = file_metadata(head_files[name], f"python probe.py {encoder.name}")["sha256"]
+    config = {"recipe": how, **settings, "weight_decay": WEIGHT_DECAY, "dtype": str(study.dtype)[6:]}
+    result = study.result("finetune.json", config, made_of, key="tasks", protected=True,
+                          weights=lambda name: [tuned_files[name], head_files[name]])
+    check_search(result.path, result.values, search_task(study.sources))
+    if not result.todo:
         return
-    for left in (folder / args.recipe / "state").glob("*.safetensors") if args.overwrite else ():
-        left.unlink(missing_ok=True)
-    size = sum(tensor.numel() * 4 for tensor in encoders.weights_of(encoder.module).values())
-    files.make_room(folder, (len(todo) + 3) * size, f"fine-tuned encoders ({len(todo)} of {size / 1e6:.0f} MB, and a training state)")
-    largest = max(tasks[name].splits["train"].images[:1].nbytes * len(tasks[name].splits["train"].rows) for name in {*todo, search})
-    files.check_memory(device, 5 * size + largest, "weights, gradients, AdamW's moments, theta_pre and the images of the largest task")
-    tower = text_heads.text_tower(args, encoder) if recipe.head == "text" else None
-    heads = {name: first_head(recipe, folder, task, encoder, tower, device, args) for name, task in tasks.items()}
-    del tower
+    tasks, result.values["recipe"] = study.tasks, how
+    check_room(study, result.todo, tasks)
 
-    # ------------------------------------------------------------------ one module to train, one evaluator
-    images = sum(len(tasks[name].splits[split].rows) for name in todo for split in ("val", "test"))
-    evaluator = linearized.evaluator(encoder, args, images, alone=True)
+    # ---------------------------------------------------- heads, the module that trains, the evaluator
+    heads = first_heads(recipe, study, head_files, args.weights)
     module = copy.deepcopy(encoder.module).to(device).train()
+    trainable = choose_parameters(module, recipe, f"recipe {args.recipe} on {encoder.name}")
+    searches = len(LEARNING_RATES) - 1 if settings["lr"] == "search" else 0
+    images = 3 * (len(result.todo) + searches) * settings["steps"] * settings["batch_size"] / ranks.world()
+    forward, why = training_forward(module, recipe, study, images)
+    validated = sum(len(tasks[name].splits[split]) for name in result.todo for split in ("val", "test"))
+    evaluator = study.evaluator(validated, recipe.linear, alone=True)
     zero_shot = {}
-    for name in todo if recipe.head == "text" else ():
-        features, split = common.cached_features(folder, tasks[name], evaluator)["test"], tasks[name].splits["test"]
-        zero_shot[name] = {"zero_shot": common.count_hits(features, heads[name], split) / len(split.rows)}
-    runs = (len(todo) + (0 if args.lr else len(LEARNING_RATES) - 1)) / ranks.world()
-    compiled, why = common.compile_pays(args.compile, device, encoder, 3 * runs * args.steps * args.batch_size)
-    if device.type == "cpu" and args.compile == "auto":
-        compiled, why = False, "a compiled training step is no faster on CPUs"
-    if recipe.linear:
-        compiled, why = False, "a linearized encoder is not compiled"
-        forward = linearized.forward(module, encoder, device)
-    else:
-        forward = torch.compile(module, dynamic=False) if compiled else module
-    print(f"finetune: {len(todo)} tasks x {args.steps} steps of {args.batch_size}, {choose_parameters(module, args):,} parameters of the encoder train, "
-          f"{'compiled' if compiled else 'eager'} ({why})", flush=True)
+    for name in result.todo if recipe.head == "text" else ():
+        features, split = (cached_features(study.folder, tasks[name], evaluator)["test"],
+                           tasks[name].splits["test"])
+        zero_shot[name] = {"zero_shot": count_hits(features, heads[name], split) / len(split)}
+    print(f"finetune: {len(result.todo)} tasks x {settings['steps']} steps of {settings['batch_size']}, "
+          f"{trainable:,} parameters of the encoder train, {why}", flush=True)
 
-    # ------------------------------------------------------------------ learning rate, on one task's validation split
-    best = 0, None, None                                                   # validation accuracy, learning rate, what train returned
-    if args.lr:
-        result["lr"] = args.lr
-    elif "lr" not in result:
-        tried = result.setdefault("search", {"task": search, "val": {}})["val"]
-        for lr in ranks.deal([lr for lr in LEARNING_RATES if f"{lr:g}" not in tried]):
+    def train_one(name, lr):
+        """What train returns for a task at a learning rate; its state is kept until the row is written."""
+        plan = settings | {"lr": lr, "seed": study.seed}
+        identity = [result.config, result.version, made_of[name], fingerprint(head_tensors(heads[name])), lr]
+        state = study.here / "state" / f"{name}-{checksum(identity)[:10]}.state"
+        amp = device.type == "cuda" and study.dtype == torch.bfloat16    # bf16 trains no faster on CPUs
+        return train(forward, module, encoder, tasks[name], heads[name], recipe, plan, amp, state,
+                     args.save_minutes)
+
+    # ---------------------------------------------------- learning rate, on one task's validation split
+    best = 0, None, None                     # validation accuracy, learning rate, what train returned
+    if settings["lr"] != "search":
+        result.values["lr"] = settings["lr"]
+    elif "lr" not in result.values:
+        searched = search_task(tasks)
+        search = result.values.setdefault("search", {"task": searched, "val": {}, "seconds": {}})
+        for lr in ranks.deal([lr for lr in LEARNING_RATES if f"{lr:g}" not in search["val"]]):
             found, start = None, time.perf_counter()
             if lr:
-                theta_t, head, cost = train(forward, module, encoder, tasks[search], heads[search], lr, args, folder / args.recipe / "state")
-                val = None if theta_t is None else evaluate(evaluator, encoder, theta_t, tasks[search], head, ["val"])["val"]
-                best = (val, lr, (theta_t, head, cost)) if (val or 0) > best[0] else best
+                theta_t, head, cost = train_one(searched, lr)
+                val = None
+                if theta_t is not None:
+                    val = evaluate(evaluator, encoder, theta_t, tasks[searched], head, ["val"])["val"]
+                    best = max(best, (val, lr, (theta_t, head, cost)), key=lambda tried: tried[0])
                 found = f"{lr:g}", val, time.perf_counter() - start
             for key, val, seconds in filter(None, ranks.gather(found)):
-                print(f"finetune: search on {search}, learning rate {key}: {'diverged' if val is None else f'validation {val:.4f}'}", flush=True)
-                tried[key], result["search"].setdefault("seconds", {})[key] = val, seconds
-            files.write_json(path, result)
-        if all(val is None for val in tried.values()):
-            raise files.Refused(f"every learning rate of the search diverged on {search}; give --lr")
-        result["lr"] = max((lr for lr in LEARNING_RATES if tried[f"{lr:g}"] is not None), key=lambda lr: tried[f"{lr:g}"])
+                search["val"][key], search["seconds"][key] = val, seconds
+                print(f"finetune: search on {searched}, learning rate {key}: "
+                      f"{'diverged' if val is None else f'validation {val:.4f}'}", flush=True)
+            with result.saving():
+                pass
+        accuracies = {lr: search["val"][f"{lr:g}"] for lr in LEARNING_RATES
+                      if search["val"][f"{lr:g}"] is not None}
+        if not accuracies:
+            raise Refused(f"every learning rate of the search diverged on {searched}; give --lr")
+        result.values["lr"] = max(accuracies, key=accuracies.get)
+    lr = result.values["lr"]
 
-    # ------------------------------------------------------------------ one theta_t per task
+    # ---------------------------------------------------- one theta_t per task
     diverged = []
-    for name in ranks.deal(todo):
+    for name in ranks.deal(result.todo):
         found = None
         if name:
-            if (name, result["lr"]) == (search, best[1]):                  # the search has trained this one already, same seed and steps
+            if (name, lr) == (search_task(tasks), best[1]):    # trained in the search: same seed, same steps
                 theta_t, head, cost = best[2]
             else:
-                theta_t, head, cost = train(forward, module, encoder, tasks[name], heads[name], result["lr"], args, folder / args.recipe / "state")
+                theta_t, head, cost = train_one(name, lr)
             found = name, cost
             if theta_t is not None:
-                about = {"theta_pre": encoder.theta_pre, "recipe": args.recipe, "task": name, "data": tasks[name].fingerprint}
-                files.save_tensors(written[name][0], theta_t, from_any_rank=True, **about, head=files.fingerprint(head))
+                save_tensors(tuned_files[name], theta_t, from_any_rank=True, theta_pre=encoder.fingerprint,
+                             recipe=how, task=name, data=tasks[name].fingerprint,
+                             head=fingerprint(head_tensors(head)))
                 if recipe.head != "probed":
-                    files.save_tensors(written[name][1], head, from_any_rank=True, **about)
+                    save_head(head_files[name], head, tasks[name], encoder, from_any_rank=True)
                 row = evaluate(evaluator, encoder, theta_t, tasks[name], head, ["val", "test"])
-                found = name, row | cost | {"data": tasks[name].fingerprint} | zero_shot.get(name, {})
+                row |= {"lr": lr, "data": tasks[name].fingerprint, "source": tasks[name].source}
+                found = name, row | cost | zero_shot.get(name, {})
         for name, row in filter(None, ranks.gather(found)):
             if "diverged_at" in row:
-                diverged.append(f"{name} (step {row['diverged_at']} of {args.steps})")
+                diverged.append(f"{name} (step {row['diverged_at']} of {settings['steps']})")
                 continue
-            done[name] = row
-            print(f"finetune {name}: validation {row['val']:.4f}, test {row['test']:.4f} (n = {row['n_test']}), "
-                  f"{row['seconds']:.1f} s, {row['images_per_second']:.0f} img/s", flush=True)
-        if done:
-            with files.adding_rows(path, result, "tasks", args.overwrite):
-                result |= {"recipe": args.recipe, "mean_test": common.mean(row["test"] for row in done.values())}
-            for left in [left for name in done if name in todo for left in (folder / args.recipe / "state").glob(f"{name}-{'?' * 10}.safetensors")]:  # not a task named NAME-MORE
-                left.unlink(missing_ok=True)
+            with result.saving(name):
+                result.rows[name] = row
+                result.values |= compare(study.folder, result.rows, how, settings["steps"])
+            for state in (study.here / "state").glob(f"{name}-{'?' * 10}.state"):    # not of a task NAME-MORE
+                state.unlink(missing_ok=True)
+            print(f"finetune {name}: validation {row['val']:.4f}, test {row['test']:.4f} "
+                  f"(n = {row['n_test']}), {row['seconds']:.1f} s, {row['images_per_second']:.0f} img/s",
+                  flush=True)
+
+    # ---------------------------------------------------- say
     if diverged:
-        raise files.Refused(f"training diverged at learning rate {result['lr']:g} on {', '.join(diverged)}; "
-                            f"finished tasks are kept, a smaller --lr needs --overwrite or another --runs")
-    print(f"finetune: mean test accuracy {result['mean_test']:.4f} over {len(done)} tasks, learning rate {result['lr']:g}")
+        raise Refused(f"training diverged at learning rate {lr:g} on {', '.join(diverged)}; finished tasks "
+                      f"are kept, a smaller --lr needs --overwrite or another --name")
+    print(f"finetune: mean test accuracy {result.values['mean_test']:.4f} over {len(result.rows)} tasks, "
+          f"learning rate {lr:g}")
 
 
-def first_head(recipe, folder, task, encoder, tower, device, args):
-    """The head that fine-tuning starts from; see common.logits for its form."""
-    if recipe.head == "probed":
-        return common.load_head(folder, "aligned", task, encoder, device)
+# --------------------------------------------------------------------------------------- before training
+
+
+def check_room(study, todo, tasks):
+    """Refused where disk or memory are too small for what is ahead."""
+    size = sum(tensor.numel() * 4 for tensor in weights_of(study.encoder.module).values())
+    what = f"fine-tuned encoders ({len(todo)} of {size / 1e6:.0f} MB, and a training state)"
+    devices.make_room(study.folder, (len(todo) + 3) * size, what)
+    trained = [tasks[name].splits["train"] for name in {*todo, search_task(tasks)}]
+    largest = max(split.inputs[:1].nbytes * len(split) for split in trained)
+    what = "weights, gradients, AdamW's moments, theta_pre and the images of the largest task"
+    devices.check_memory(study.device, 5 * size + largest, what)
+
+
+def first_heads(recipe, study, paths, weights):
+    """{task: the Head that fine-tuning starts from}."""
     if recipe.head == "text":
-        return text_heads.text_head(task, *tower, device)
-    return common.random_head(encoders.width_of(encoder), len(task.classes), torch.Generator(device).manual_seed(args.seed))
+        from lib import text_heads
+        tower = text_heads.text_tower(study.encoder, weights)
+    heads = {}
+    for name, task in study.tasks.items():
+        if recipe.head == "probed":
+            made_by = f"python probe.py {study.encoder.name}"
+            heads[name] = load_head(paths[name], made_by, task, study.encoder, study.device)
+        elif recipe.head == "text":
+            heads[name] = text_heads.text_head(task, *tower, study.device)
+        else:
+            generator = torch.Generator(study.device).manual_seed(study.seed)
+            heads[name] = random_head(study.encoder.width, len(task.classes), generator)
+    return heads
 
 
-def choose_parameters(module, args):
+def choose_parameters(module, recipe, what):
     """Let the parameters train that the recipe names, and only those; returns how many numbers they hold."""
-    wanted = common.RECIPES[args.recipe].trained
+    count = 0
     for name, parameter in module.named_parameters():
-        parameter.requires_grad_(bool(re.search(wanted, name)))
-    count = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+        parameter.requires_grad_(bool(re.search(recipe.trained, name)))
+        count += parameter.numel() if parameter.requires_grad else 0
     if count == 0:
-        raise files.Refused(f"recipe {args.recipe} trains parameters named like {wanted!r}, and {args.encoder} has none: aligned and full train any encoder")
+        raise Refused(f"{what}: no parameter is named like {recipe.trained!r}; "
+                      f"recipes aligned and full train any encoder")
     return count
 
 
-def train(forward, module, encoder, task, head, lr, args, states=None):
-    """Train `module` (through `forward`, perhaps compiled) from theta_pre on one task, the head along if the recipe says so.
+def training_forward(module, recipe, study, images):
+    """(function from inputs to features (B, D) that trains the module, how it runs)."""
+    if recipe.linear:
+        return (linearized.forward(module, study.encoder, study.device),
+                "eager (a linearized encoder is not compiled)")
+    compiled, why = devices.compile_pays(study.compile, study.device, study.encoder, images)
+    if study.device.type == "cpu" and study.compile == "auto":
+        compiled, why = False, "a compiled training step is no faster on CPUs"
+    return ((torch.compile(module, dynamic=False), f"compiled ({why})") if compiled
+            else (module, f"eager ({why})"))
 
-    states   folder for the training state, saved every --save-minutes and continued from; None: do without
-    Returns  (theta_t, head, {"seconds", "images_per_second", ...}), or where the loss or a weight is not finite
-             (None, None, {"diverged_at": the step at which that was seen}), the last good state kept
+
+# --------------------------------------------------------------------------------------- training
+
+
+def train(forward, module, encoder, task, head, recipe, plan, amp=False, state=None, save_minutes=5.0):
+    """Train `module` through `forward` (it, perhaps compiled) from theta_pre on one task.
+
+    head     starts from these weights; trains along where the recipe says so
+    plan     {"lr", "steps", "batch_size", "seed"}
+    amp      whether the forward pass runs in bf16
+    state    file of the training state, saved every save_minutes and continued from; None: do without
+    Returns  (theta_t {name: tensor}, Head, {"seconds", "images_per_second", ...}), or where the loss or a
+             weight is not finite (None, None, {"diverged_at": the step at which that was seen}), the last
+             good state kept
     """
     device = next(module.parameters()).device
-    generator = torch.Generator(device).manual_seed(args.seed)
-    dtype, _ = common.pick_dtype(args.dtype, device)
-    amp = device.type == "cuda" and dtype == torch.bfloat16  # bf16 does not speed up training on CPUs
+    generator = torch.Generator(device).manual_seed(plan["seed"])
     module.load_state_dict(encoder.module.state_dict())
     split = task.splits["train"]
-    images = torch.from_numpy(split.images[split.rows]).to(device)         # (N, 3, s, s) uint8, resident
+    inputs = torch.from_numpy(split.inputs[split.indices]).to(device)      # (N, ...) as stored, resident
     labels = torch.from_numpy(split.labels).to(device)
-    head = {name: tensor.clone().requires_grad_(common.RECIPES[args.recipe].train_head) for name, tensor in head.items()}
-    parameters = [tensor for tensor in [*module.parameters(), *head.values()] if tensor.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=WEIGHT_DECAY, fused=True)
-    normalise = common.normaliser(encoder, device)
+    trained_head = {name: tensor.clone().requires_grad_(recipe.train_head)
+                    for name, tensor in head_tensors(head).items()}
+    head = Head(trained_head["weight"], trained_head.get("bias"), head.normalise)
+    parameters = [tensor for tensor in [*module.parameters(), *trained_head.values()] if tensor.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, plan["lr"], weight_decay=WEIGHT_DECAY, fused=True)
     finite = torch.ones((), dtype=torch.bool, device=device)
-    order = common.batches(len(labels), args.batch_size, args.steps, generator)
-    identity = {"theta_pre": encoder.theta_pre, "recipe": args.recipe, "task": task.name, "data": task.fingerprint, "lr": lr, "steps": args.steps,
-                "batch_size": args.batch_size, "seed": args.seed, "dtype": str(dtype)[6:], "head": files.fingerprint(head)}
-    state = states and states / f"{task.name}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:10]}.safetensors"
-    begun, before = restore(state, module, head, optimizer, generator) if state and state.exists() else (0, 0.0)
-    common.reset_peak_memory(device)
+    order = batches(len(labels), plan["batch_size"], plan["steps"], generator)
+    begun, seconds_before = 0, 0.0
+    if state and state.exists():
+        begun, seconds_before = restore(state, module, trained_head, optimizer, generator)
+
+    devices.reset_peak_memory(device)
     start = saved = time.perf_counter()
-    bar = common.progress(order[begun:], f"finetune {task.name} lr {lr:g}{f' from step {begun}' if begun else ''}", "step")
+    what = f"finetune {task.name} lr {plan['lr']:g}" + (f" from step {begun}" if begun else "")
+    bar = progress(order[begun:], what, "step")
     for step, rows in enumerate(bar, begun):
-        optimizer.param_groups[0]["lr"] = common.learning_rate(step, args.steps, lr)
-        pixels = normalise(common.random_resized_crop(images[rows], encoder.size, generator))  # (B, 3, S, S)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, plan["steps"], plan["lr"])
+        batch = encoder.augment(inputs[rows], generator)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            features = forward(pixels)                                     # (B, D)
-        loss = F.cross_entropy(common.logits(features, head), labels[rows])
+            features = forward(batch)                      # (B, D)
+        loss = F.cross_entropy(logits(features, head), labels[rows])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
         optimizer.step()
         optimizer.zero_grad()
         finite &= loss.isfinite()
         if step % 50 == 49:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             if not finite:
                 return None, None, {"diverged_at": step + 1}
-        if state and step + 1 < args.steps and time.perf_counter() - saved > 60 * args.save_minutes and finite:
-            saved = time.perf_counter()
-            save(state, module, head, optimizer, generator, step + 1, before + saved - start, identity)
+        now = time.perf_counter()
+        if state and step + 1 < plan["steps"] and now - saved > 60 * save_minutes and finite:
+            saved = now
+            save_state(state, {"step": step + 1, "seconds": seconds_before + now - start,
+                               "module": module.state_dict(), "head": trained_head,
+                               "optimizer": optimizer.state_dict(), "generator": generator.get_state()})
+
     finite &= torch.stack([parameter.isfinite().all() for parameter in parameters]).all()
-    if not finite:                                                         # waits for the device, so the clock is right below
-        return None, None, {"diverged_at": args.steps}
-    seconds = before + time.perf_counter() - start
-    theta_pre = encoders.weights_of(encoder.module)
-    changed = {name: tensor.cpu() for name, tensor in encoders.weights_of(module).items() if re.search(common.RECIPES[args.recipe].trained, name)}
-    theta_t, _ = common.task_vector(theta_pre, changed)
-    head = {name: tensor.detach() for name, tensor in head.items()}
-    return theta_t, head, {"final_loss": loss.item(), "trainable_params": sum(p.numel() for p in parameters), "seconds": seconds,
-                     "images_per_second": args.steps * args.batch_size / seconds, "peak_memory_bytes": common.peak_memory(device)}
-
-
-def save(path, module, head, optimizer, generator, step, seconds, identity):
-    """Write all that the remaining steps depend on."""
-    tensors = {f"weights.{name}": tensor for name, tensor in module.state_dict().items()} | {f"head.{name}": tensor for name, tensor in head.items()}
-    tensors |= {f"optimizer.{index}.{name}": tensor for index, row in optimizer.state_dict()["state"].items() for name, tensor in row.items()}
-    files.save_tensors(path, tensors | {"generator": generator.get_state()}, from_any_rank=True, step=step, seconds=seconds, **identity)
+    if not finite:                                         # waits for the device, so the clock is right below
+        return None, None, {"diverged_at": plan["steps"]}
+    seconds = seconds_before + time.perf_counter() - start
+    changed = {name: tensor.cpu() for name, tensor in weights_of(module).items()
+               if re.search(recipe.trained, name)}
+    theta_t, _ = task_vector(weights_of(encoder.module), changed)
+    bias = None if head.bias is None else head.bias.detach()
+    return theta_t, Head(head.weight.detach(), bias, head.normalise), {
+        "final_loss": loss.item(), "trainable_params": sum(parameter.numel() for parameter in parameters),
+        "seconds": seconds, "images_per_second": plan["steps"] * plan["batch_size"] / seconds,
+        "peak_memory_bytes": devices.peak_memory(device)}
 
 
 def restore(path, module, head, optimizer, generator):
-    """Read back what save wrote; returns (steps done, seconds they took)."""
-    tensors, about = files.load_tensors(path, "python finetune.py")
-    module.load_state_dict({name[8:]: tensor for name, tensor in tensors.items() if name.startswith("weights.")})
-    rows = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".")
-            rows.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": rows, "param_groups": optimizer.state_dict()["param_groups"]})
+    """Go back to a saved training state; returns (steps done, seconds they took)."""
+    saved = load_state(path)
+    module.load_state_dict(saved["module"])
+    optimizer.load_state_dict(saved["optimizer"])
     for name, tensor in head.items():
-        tensor.data.copy_(tensors[f"head.{name}"])
-    generator.set_state(tensors["generator"])
-    return about["step"], about["seconds"]
+        tensor.data.copy_(saved["head"][name])
+    generator.set_state(saved["generator"])
+    return saved["step"], saved["seconds"]
+
+
+# --------------------------------------------------------------------------------------- after training
 
 
 def evaluate(evaluator, encoder, theta_t, task, head, splits):
     """{split: accuracy, hits_split, n_split} of theta_pre + tau_t, the way merge_eval.py will meet it."""
-    _, tau_t = common.task_vector(encoders.weights_of(encoder.module), theta_t)
+    _, tau_t = task_vector(weights_of(encoder.module), theta_t)
     evaluator.use_vectors([tau_t])
     counted = evaluator.hits([task.splits[split] for split in splits], [head] * len(splits), [(1.0,)])
     row = {}
-    for split, [correct] in zip(splits, counted):
-        n = len(task.splits[split].rows)
-        row |= {split: correct / n, f"hits_{split}": correct, f"n_{split}": n}
+    for split, [hits] in zip(splits, counted, strict=True):
+        n = len(task.splits[split])
+        row |= {split: hits / n, f"hits_{split}": hits, f"n_{split}": n}
     return row
 
 
 if __name__ == "__main__":
-    files.run(main, parse_args)
+    run(main, parse_args)

@@ -1,79 +1,102 @@
 """
-Task vectors tau_t = theta_t - theta_pre: their size, the angles between them, and the overlap of their subspaces.
+Task vectors tau_t = theta_t - theta_pre: their size, the angles between them, the overlap of their subspaces.
 
-    python make_vectors.py vit_b16_dino
-    python make_vectors.py tiny --recipe aligned
+    python make_vectors.py tiny
+    python make_vectors.py vit_b16_dino --name full
 
-Reads   runs/ENCODER/pretrained.safetensors, RECIPE/finetuned/TASK.safetensors (finetune.py)
-Writes  runs/ENCODER/RECIPE/vectors/TASK.safetensors, vectors.json, vectors.png, overlap.png, overlap_layers.png
-Source  arXiv:2511.14569 section 2; the cosine matrix follows Ilharco et al., arXiv:2212.04089. Overlap of two tasks in one layer:
-        |U_a^T U_b|^2 / k for the k leading singular directions of the layer's two updates, on the shorter side of the matrix;
-        1 for the same subspace, k / d on average for random ones (d the length of that side)
+Reads   runs/ENCODER/pretrained.safetensors, NAME/finetuned/TASK.safetensors, finetune.json (finetune.py)
+Writes  runs/ENCODER/NAME/vectors/TASK.safetensors, vectors.json, vectors.png, overlap.png, overlap_layers.png
+Source  arXiv:2511.14569 section 2; the cosine matrix follows Ilharco et al., arXiv:2212.04089.
+        Overlap of two tasks in one layer: |U_a^T U_b|^2 / k for the k leading singular directions of the
+        layer's two updates, on the shorter side of the matrix; 1 for the same subspace, k / d on average for
+        random ones (d the length of that side)
 """
 import re
 
 import numpy as np
 import torch
 
-import common
-import encoders
-import files
+from common import mean
+from lib import flags, plots
+from lib.devices import make_room
+from lib.encoders import weights_of
+from lib.files import Refused, file_metadata, load_tensors, require
+from lib.study import open_study, run
+from lib.vectors import norm, save_vector, task_vector
 
 RANK = 8  # singular directions compared per layer
 
 
 def parse_args(argv=None):
-    parser = common.stage_parser(__doc__)
-    common.add_recipe(parser)
+    parser = flags.stage_parser(__doc__)
+    flags.add_name(parser)
     return parser.parse_args(argv)
 
 
 def main(args):
-    # ------------------------------------------------------------------ what is to be done
-    folder, names = encoders.run_folder(args), [name for name, _ in common.task_names(args)]
-    recipe_folder, finetune = folder / args.recipe, f"python finetune.py {args.encoder} --recipe {args.recipe}"
-    files.require_rows(recipe_folder / "finetune.json", names, finetune)
-    for name in names:
-        files.require(recipe_folder / "finetuned" / f"{name}.safetensors", finetune)
-    encoder, device = encoders.load_encoder(args), common.pick_device(args.device)
-    theta_pre = encoders.weights_of(encoder.module)
+    # ---------------------------------------------------- open
+    study = open_study(args, __file__, "finetune.json")
+    names, recipe, theta_pre = list(study.sources), study.recipe, weights_of(study.encoder.module)
+    made_by = f"python finetune.py {args.encoder} --name {study.source.name}"
+    tuned = {name: study.source / "finetuned" / f"{name}.safetensors" for name in names}
+    for path in tuned.values():
+        require(path, made_by)
+    fingerprints = {name: file_metadata(path, made_by)["sha256"] for name, path in tuned.items()}
+    pictures = [study.here / f"{stem}.png" for stem in ("vectors", "overlap", "overlap_layers")]
+    vectors = [study.here / "vectors" / f"{name}.safetensors" for name in names]
+    result = study.result("vectors.json", {"recipe": recipe, "finetuned": fingerprints},
+                          files=lambda row: pictures, weights=lambda row: vectors)
+    if not result.todo:
+        return
+    make_room(study.here, sum(path.stat().st_size for path in tuned.values()), "task vectors")
 
-    # ------------------------------------------------------------------ tau_t, one task at a time
-    files.make_room(recipe_folder, sum((recipe_folder / "finetuned" / f"{name}.safetensors").stat().st_size for name in names), "task vectors")
-    norm, relative_norm, layers, directions, sources = {}, {}, {}, [], {}
-    changed = [key for key in theta_pre if re.search(common.RECIPES[args.recipe].trained, key)]
-    matrices = [key for key in changed if theta_pre[key].ndim >= 2 and min(theta_pre[key].flatten(1).shape) >= 2 * RANK]
-    subspaces = {key: [] for key in matrices}
+    # ---------------------------------------------------- tau_t, one task at a time
+    changed = [key for key in theta_pre if re.search(recipe["trained"], key)]
+    matrices = [key for key in changed
+                if theta_pre[key].ndim >= 2 and min(theta_pre[key].flatten(1).shape) >= 2 * RANK]
+    norms, relative_norms, layers, norm_pre = {}, {}, {}, norm(theta_pre)
+    directions, subspaces = [], {key: [] for key in matrices}
     for name in names:
-        theta_t, about = files.load_tensors(recipe_folder / "finetuned" / f"{name}.safetensors", finetune,
-                                            theta_pre=encoder.theta_pre, recipe=args.recipe)
-        _, tau_t = common.task_vector(theta_pre, theta_t)
-        common.save_vector(folder, args.recipe, name, tau_t, about)
-        norm[name] = common.length(tau_t)
-        if norm[name] == 0:
-            raise files.Refused(f"the task vector of {name} is zero: fine-tuning changed nothing, try a larger --lr or more --steps")
-        relative_norm[name] = norm[name] / common.length(theta_pre)
-        layers[name] = {layer: common.length(pick(tau_t, layer)) / common.length(pick(theta_pre, layer)) for layer in layer_names(tau_t) if common.length(pick(theta_pre, layer)) > 0}
-        directions.append(torch.cat([tau_t[key].flatten() for key in tau_t]) / norm[name])
-        sources[name] = about["sha256"]
+        theta_t, about = load_tensors(tuned[name], made_by, theta_pre=study.encoder.fingerprint,
+                                      recipe=recipe)
+        _, tau_t = task_vector(theta_pre, theta_t)
+        save_vector(study.here, tau_t, about)
+        norms[name] = norm(tau_t)
+        if norms[name] == 0:
+            raise Refused(f"the task vector of {name} is zero: fine-tuning changed nothing, "
+                          f"try a larger --lr or more --steps")
+        relative_norms[name] = norms[name] / norm_pre
+        layers[name] = relative_norms_of_layers(tau_t, theta_pre)
+        directions.append(torch.cat([tau_t[key].flatten() for key in tau_t]) / norms[name])
         for key in matrices:
-            subspaces[key].append(leading_directions(tau_t[key].flatten(1).to(device if device.type == "cuda" else "cpu"), RANK))
-        print(f"vector {name}: norm {norm[name]:.4f}, relative to theta_pre {relative_norm[name]:.2e}", flush=True)
-    cosine = [[float(a @ b) for b in directions] for a in directions]
-    per_layer = {key: [[float((a.T @ b).square().sum() / RANK) for b in bases] for a in bases] for key, bases in subspaces.items()}
-    overlap = [[common.mean(per_layer[key][i][j] for key in matrices) for j in range(len(names))] for i in range(len(names))]
-    chance = {key: RANK / min(theta_pre[key].flatten(1).shape) for key in matrices}
-    by_chance = common.mean(chance.values())
+            update = tau_t[key].flatten(1).to(study.device if study.device.type == "cuda" else "cpu")
+            subspaces[key].append(leading_directions(update, RANK))
+        print(f"vector {name}: norm {norms[name]:.4f}, relative to theta_pre {relative_norms[name]:.2e}",
+              flush=True)
 
-    # ------------------------------------------------------------------ results, made anew each time: they cost seconds
-    config = {"encoder": args.encoder, "theta_pre": encoder.theta_pre, "recipe": args.recipe, "finetuned": sources}
-    result = {"config": config} | files.provenance(device) | {"tasks": names, "norm": norm, "relative_norm": relative_norm,
-              "relative_norm_per_layer": layers, "cosine": cosine, "subspace_rank": RANK, "subspace_overlap": overlap,
-              "subspace_overlap_by_chance": by_chance, "subspace_overlap_per_layer": per_layer, "subspace_overlap_by_chance_per_layer": chance}
-    files.write_json(recipe_folder / "vectors.json", result)
-    draw(recipe_folder / "vectors.png", names, cosine, f"cosine of task vectors\n{args.encoder}, {args.recipe}")
-    draw(recipe_folder / "overlap.png", names, overlap, f"overlap of rank-{RANK} subspaces, {by_chance:.2f} by chance\n{args.encoder}, {args.recipe}")
-    draw_layers(recipe_folder / "overlap_layers.png", per_layer, chance, f"overlap of rank-{RANK} subspaces, layer by layer; {args.encoder}, {args.recipe}, tasks {', '.join(names)}")
+    # ---------------------------------------------------- angles, and overlap of subspaces
+    cosine = [[float(a @ b) for b in directions] for a in directions]              # (T, T)
+    per_layer = {key: overlaps(bases) for key, bases in subspaces.items()}         # (T, T) each
+    overlap = np.mean(list(per_layer.values()), axis=0).tolist() if matrices else None
+    chance = {key: RANK / min(theta_pre[key].flatten(1).shape) for key in matrices}
+    by_chance = mean(chance.values()) if matrices else None
+
+    # ---------------------------------------------------- save
+    with result.saving():
+        result.values = {
+            "tasks": names, "norm": norms, "relative_norm": relative_norms, "relative_norm_per_layer": layers,
+            "cosine": cosine, "subspace_rank": RANK,
+            "subspace_overlap": overlap, "subspace_overlap_by_chance": by_chance,
+            "subspace_overlap_per_layer": per_layer, "subspace_overlap_by_chance_per_layer": chance,
+            "cosine_of_pairs": of_pairs(cosine), "overlap_of_pairs": of_pairs(overlap) if matrices else None}
+        title = f"{args.encoder}, {study.name}"
+        plots.task_matrix(pictures[0], names, cosine, f"cosine of task vectors\n{title}")
+        if matrices:
+            plots.task_matrix(pictures[1], names, overlap,
+                              f"overlap of rank-{RANK} subspaces, {by_chance:.2f} by chance\n{title}")
+            plots.layer_matrices(pictures[2], by_block(per_layer), by_block(chance),
+                                 f"overlap of rank-{RANK} subspaces, layer by layer; {title}, "
+                                 f"tasks {', '.join(names)}")
 
 
 def leading_directions(matrix, rank):
@@ -82,48 +105,41 @@ def leading_directions(matrix, rank):
     return torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -rank:]    # eigenvalues ascend
 
 
-def layer_names(theta):
-    """The module names of one and two parts that own weights: blocks.0, blocks.1, ..., patch_embed, norm, cls_token."""
-    return list(dict.fromkeys(".".join(key.split(".")[:2]) if key.split(".")[1:2] and key.split(".")[1].isdigit() else key.split(".")[0] for key in theta))
+def overlaps(bases):
+    """(T, T) overlap of T subspaces of one layer, each (d, rank) orthonormal."""
+    return [[float((a.T @ b).square().sum() / a.shape[1]) for b in bases] for a in bases]
 
 
-def pick(theta, layer):
-    return {key: tensor for key, tensor in theta.items() if key == layer or key.startswith(layer + ".")}
+def of_pairs(matrix):
+    """{"mean", "max"} of a symmetric (T, T) matrix over pairs of tasks; None for one task."""
+    values = np.array(matrix)[np.triu_indices(len(matrix), 1)]
+    return {"mean": float(values.mean()), "max": float(values.max())} if len(values) else None
 
 
-def draw(path, names, matrix, title):
-    """A matrix over tasks, values 0 to 1, with its numbers."""
-    fig, axes = common.figure(1.6 + 0.62 * len(names), 1.1 + 0.62 * len(names))
-    image = axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1)
-    for row, values in enumerate(matrix):
-        for column, value in enumerate(values):
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if value > 0.6 else "black")
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
-    axes.set_yticks(range(len(names)), names)
-    axes.set_title(title, fontsize=10)
-    fig.colorbar(image, ax=axes, fraction=0.046)
-    common.save_figure(path, fig)
+def block_of(key):
+    """The block that owns a parameter: blocks.0, blocks.1, ..., patch_embed, norm, cls_token."""
+    first, *rest = key.split(".")
+    return f"{first}.{rest[0]}" if rest and rest[0].isdigit() else first
 
 
-def draw_layers(path, per_layer, chance, title):
-    """One matrix over tasks for every block (the mean over its weights), on one colour scale, with the level of random subspaces."""
-    blocks = {layer: list(pick(per_layer, layer)) for layer in layer_names(per_layer)}
-    columns = min(6, len(blocks))
-    rows = -(-len(blocks) // columns)
-    fig, panels = common.figure(1.9 * columns + 0.8, 2.1 * rows + 0.4, rows, columns)
-    panels = np.atleast_1d(panels).ravel()
-    for axes, (layer, keys) in zip(panels, blocks.items()):
-        matrix = np.mean([per_layer[key] for key in keys], axis=0)         # (T, T)
-        image = axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1)
-        off = matrix[~np.eye(len(matrix), dtype=bool)]
-        pairs = f"pairs {off.mean():.2f}, " if len(off) else ""
-        axes.set_title(f"{layer}\n{pairs}chance {np.mean([chance[key] for key in keys]):.2f}", fontsize=8)
-    for axes in panels:
-        axes.set_axis_off()
-    fig.suptitle(title, fontsize=8)
-    fig.colorbar(image, ax=list(panels), fraction=0.03)
-    common.save_figure(path, fig)
+def by_block(per_parameter):
+    """{block: mean over its parameters} of {parameter: number or matrix}."""
+    blocks = {}
+    for key, value in per_parameter.items():
+        blocks.setdefault(block_of(key), []).append(value)
+    return {block: np.mean(values, axis=0) for block, values in blocks.items()}
+
+
+def relative_norms_of_layers(tau_t, theta_pre):
+    """{block: norm of its update / norm of its pre-trained weights}."""
+    norms = {}
+    for block in dict.fromkeys(map(block_of, tau_t)):
+        before = norm({key: tensor for key, tensor in theta_pre.items() if block_of(key) == block})
+        if before > 0:
+            norms[block] = norm({key: tensor for key, tensor in tau_t.items()
+                                 if block_of(key) == block}) / before
+    return norms
 
 
 if __name__ == "__main__":
-    files.run(main, parse_args)
+    run(main, parse_args)

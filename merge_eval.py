@@ -1,220 +1,152 @@
 """
-Task addition: theta_pre + lambda * sum_t tau_t, lambda picked on validation, the test split run at 0 and at the pick.
+Task addition: theta_pre + lambda * sum_t tau_t, lambda picked on validation, test run at 0 and at the pick.
 
-    python merge_eval.py vit_b16_dino
-    python merge_eval.py tiny --lambda-max 0.2                   # 21 values again, but on a finer grid
-    python merge_eval.py tiny --subsets 5 --images-per-task 500  # merges of 1, 2, ... tasks: all pairs, five of each larger size
+    python merge_eval.py tiny
+    python merge_eval.py tiny --lambda-max 0.2                # 21 values again, but on a finer grid
+    python merge_eval.py tiny --tasks glyphs,signs            # two of the tasks
+    python merge_eval.py tiny --of aligned --name fine --lambda-max 0.2    # the same vectors, other results
 
-Reads   runs/ENCODER/pretrained.safetensors, features/, heads/ (probe.py), RECIPE/finetune.json (finetune.py),
-        RECIPE/vectors/TASK.safetensors (make_vectors.py)
-Writes  runs/ENCODER/RECIPE/merge.json, merge.png, merged.safetensors (the encoder at the picked lambda, as timm loads it)
-        with --subsets only scaling.json, scaling.png; while it searches state/merge.json, from which the same command goes on
-Source  arXiv:2511.14569 sections 3.2 and 4.2, appendices E and I
+Reads   runs/ENCODER/pretrained.safetensors, features/, heads/ (probe.py), NAME/finetune.json (finetune.py),
+        NAME/vectors/TASK.safetensors (make_vectors.py)
+Writes  runs/ENCODER/NAME/merge.json, merge.png, merged.safetensors (the encoder at the picked lambda, as timm
+        loads it); while it searches state/merge.json, from which the same command goes on
+Source  arXiv:2511.14569 sections 3.2 and 4.2, appendix E
 """
-import itertools
 import time
 
 import numpy as np
+import torch
 
-import common
-import encoders
-import files
-import linearized
-import ranks
+from common import cached_features, count_hits, mean, normalized_accuracy, predict
+from lib import flags, plots, ranks
+from lib.encoders import weights_of
+from lib.files import save_tensors
+from lib.study import open_study, run
+from lib.vectors import add_up, load_vector
 
 
 def parse_args(argv=None):
-    parser = common.stage_parser(__doc__)
-    common.add_recipe(parser)
-    parser.add_argument("--lambda-max", type=common.positive_float, default=1.0, help="largest lambda of the grid (default 1)")
-    parser.add_argument("--lambdas", type=common.positive, default=21, help="values of lambda from 0 to the largest (default 21)")
-    parser.add_argument("--subsets", type=common.positive, help="merge subsets of the tasks instead: every pair, and of larger sizes at most this many")
-    parser.add_argument("--images-per-task", type=common.positive, help="with --subsets: at most so many random validation and test images per task")
+    parser = flags.stage_parser(__doc__)
+    flags.add_name(parser)
+    add = parser.add_argument
+    add("--lambda-max", type=flags.positive_float, default=1.0, help="largest lambda of the grid (default 1)")
+    add("--lambdas", type=flags.positive, default=21,
+        help="values of lambda from 0 to the largest (default 21)")
     return parser.parse_args(argv)
 
 
 def main(args):
-    # ------------------------------------------------------------------ what is to be done
-    folder, sources = encoders.run_folder(args), dict(common.task_names(args))
-    names, path = list(sources), folder / args.recipe / "merge.json"
-    encoder = encoders.load_encoder(args)
-    device = common.pick_device(args.device)
-    dtype, _ = common.pick_dtype(args.dtype, device)
-    lambdas = [round(float(lam), 10) for lam in np.linspace(0, args.lambda_max, args.lambdas)]
-    if args.subsets:
-        scale(args, folder, sources, encoder, lambdas)
+    # ---------------------------------------------------- open
+    study = open_study(args, __file__, "finetune.json")
+    encoder, names, recipe = study.encoder, list(study.sources), study.recipe
+    lambdas = np.linspace(0, args.lambda_max, args.lambdas).round(10).tolist()
+    single = {"val": {name: study.finetuned["tasks"][name]["val"] for name in names},
+              "test": {name: study.finetuned["tasks"][name]["test"] for name in names}}
+    inputs = {"vectors": study.vectors(), "data": study.data, "single_task": single}
+    settings = {"recipe": recipe, "tasks": names, "lambdas": lambdas, "dtype": str(study.dtype)[6:]}
+    files = [study.here / file for file in ("merge.png", "merged.safetensors")]
+    result = study.result("merge.json", settings, inputs, files=lambda row: files)
+    if not result.todo:
         return
-    finetuned = files.require_rows(folder / args.recipe / "finetune.json", names, f"python finetune.py {args.encoder} --recipe {args.recipe}")
 
-    # ------------------------------------------------------------------ the sum of the vectors, one file at a time
-    total, vectors = common.sum_of_vectors(folder, args.recipe, names, encoder)
-    tasks = {name: common.load_task(name, source, encoder, args) for name, source in sources.items()}
-    config = {"encoder": args.encoder, "theta_pre": encoder.theta_pre, "image_size": encoder.size, "recipe": args.recipe, "tasks": names,
-              "lambdas": lambdas, "dtype": str(dtype)[6:], "vectors": vectors, "data": {name: task.fingerprint for name, task in tasks.items()}}
-    result = files.open_result(path, config, args.overwrite, device)
-    state_path = folder / args.recipe / "state" / "merge.json"
-    if "test" in result:
-        files.forget(state_path)
-        print(f"merge_eval: {path} is there, nothing to do (--overwrite to redo)")
-        return
-    heads = [common.load_head(folder, args.recipe, task, encoder, device) for task in tasks.values()]
-    n = {split: {name: len(task.splits[split].rows) for name, task in tasks.items()} for split in ("val", "test")}
+    # ---------------------------------------------------- the merging rule: the sum, read one at a time
+    merged = add_up(load_vector(study.source, name, encoder) for name in names)
 
-    # ------------------------------------------------------------------ validation: lambda = 0 from cached features, then the search
-    evaluator = linearized.evaluator(encoder, args, (len(lambdas) - 1) * sum(n["val"].values()) + sum(n["test"].values()))
-    at_zero = {split: {} for split in ("val", "test")}
-    for (name, task), head in zip(tasks.items(), heads):
-        features = common.cached_features(folder, task, evaluator)
-        for split in at_zero:
-            at_zero[split][name] = common.count_hits(features[split], head, task.splits[split])
-    evaluator.use_vectors([total])
-    state = files.half_done(state_path, config, args.overwrite, device)
-    hits, block = state.setdefault("hits", [list(at_zero["val"].values())]), -(-5 // ranks.world()) * ranks.world()  # a row of counts for each lambda so far
-    while len(hits) < len(lambdas):
-        start = time.perf_counter()
-        counted = evaluator.hits([task.splits["val"] for task in tasks.values()], heads, [(lam,) for lam in lambdas[len(hits):len(hits) + block]])
-        hits += [list(row) for row in zip(*counted)]
-        state["seconds"] = state.get("seconds", 0) + time.perf_counter() - start
-        files.write_json(state_path, state)
-    seconds = state.get("seconds", 0)
-    val = {name: [row[t] / n["val"][name] for row in hits] for t, name in enumerate(names)}
-    single = {split: {name: finetuned["tasks"][name][split] for name in names} for split in ("val", "test")}
-    normalized = [common.normalized_accuracy({name: val[name][k] for name in names}, single["val"]) for k in range(len(lambdas))]
+    # ---------------------------------------------------- lambda = 0, from the probe's cached features
+    tasks, heads, splits = study.tasks, list(study.heads.values()), {}
+    for split in ("val", "test"):
+        splits[split] = [task.splits[split] for task in tasks.values()]
+    n = {"val": {name: len(task.splits["val"]) for name, task in tasks.items()},
+         "test": {name: len(task.splits["test"]) for name, task in tasks.items()}}
+    images = (len(lambdas) - 1) * sum(n["val"].values()) + sum(n["test"].values())
+    evaluator = study.evaluator(images, recipe["linear"])
+    val_at_zero, predicted_at_zero = [], []
+    for task, head in zip(tasks.values(), heads, strict=True):
+        features = cached_features(study.folder, task, evaluator)
+        val_at_zero.append(count_hits(features["val"], head, task.splits["val"]))
+        predicted_at_zero.append(predict(features["test"], head))
+
+    # ---------------------------------------------------- validation: every lambda, some at a time
+    evaluator.use_vectors([merged])
+    state = result.state() or {"hits": [val_at_zero], "seconds": 0.0}    # a row of T counts for each lambda
+    block = -(-5 // ranks.world()) * ranks.world()
+    while len(state["hits"]) < len(lambdas):
+        start, done = time.perf_counter(), len(state["hits"])
+        counted = evaluator.hits(splits["val"], heads, [(lam,) for lam in lambdas[done:done + block]])
+        state["hits"] += np.transpose(counted).tolist()
+        state["seconds"] += time.perf_counter() - start
+        result.keep(state)
+    val = {name: [row[t] / n["val"][name] for row in state["hits"]] for t, name in enumerate(tasks)}
+    normalized = []
+    for k in range(len(lambdas)):
+        normalized.append(normalized_accuracy({name: val[name][k] for name in tasks}, single["val"]))
     best = int(np.argmax(normalized))
+    near_best = [lam for lam, value in zip(lambdas, normalized, strict=True)
+                 if value > max(normalized) - 0.02]
 
-    # ------------------------------------------------------------------ test: at 0 and at the chosen lambda
-    if best == 0:
-        at_best = at_zero["test"]
-    else:
-        counted = evaluator.hits([task.splits["test"] for task in tasks.values()], heads, [(lambdas[best],)])
-        at_best = {name: counts[0] for name, counts in zip(names, counted)}
-    images = (len(lambdas) - 1) * sum(n["val"].values())
-    result |= {"lambdas": lambdas, "best_lambda": lambdas[best],
-               "val": {"absolute": [common.mean(val[name][k] for name in names) for k in range(len(lambdas))],
-                       "normalized": normalized, "tasks": val, "n": n["val"]},
-               "test": summary(at_best, n["test"], single["test"]), "test_lambda0": summary(at_zero["test"], n["test"], single["test"]),
-               "single_task": single["test"], "seconds": seconds, "images_per_second": images / max(seconds, 1e-9)}
+    # ---------------------------------------------------- test: at 0 and at the chosen lambda, only
+    predicted = predicted_at_zero
+    if best > 0:
+        predicted = [rows[0] for rows in evaluator.predictions(splits["test"], heads, [(lambdas[best],)])]
+    at_best = summary(tasks, predicted, single["test"])
+    at_zero = summary(tasks, predicted_at_zero, single["test"])
+    gain = paired_difference(tasks, predicted, predicted_at_zero)
 
-    # ------------------------------------------------------------------ results
-    if not common.RECIPES[args.recipe].linear:                             # whose merge is no set of weights for the encoder as it is
-        theta_pre = encoders.weights_of(encoder.module)
-        merged = {key: theta_pre[key] + lambdas[best] * vector for key, vector in total.items()}
-        files.save_tensors(folder / args.recipe / "merged.safetensors", encoder.module.state_dict() | merged, theta_pre=encoder.theta_pre,
-                           recipe=args.recipe, tasks=names, best_lambda=lambdas[best])
-    at_zero_is = {"probed": "probing (lambda = 0)", "text": "zero-shot (lambda = 0)", "random": "lambda = 0"}[common.RECIPES[args.recipe].head]
-    draw(folder / args.recipe / "merge.png", result, f"{args.encoder}, {args.recipe}, {len(names)} tasks", at_zero_is)
-    files.write_json(path, result)
-    files.forget(state_path)
-    print(f"merge_eval: {images} images in {seconds:.1f} s, {result['images_per_second']:.0f} img/s (compiling included)")
-    for label, row in ((at_zero_is, result["test_lambda0"]), (f"addition (lambda = {lambdas[best]:g})", result["test"])):
-        print(f"merge_eval: {label}: test absolute {row['absolute']:.4f}, normalized {row['normalized']:.4f}, n = {sum(n['test'].values())}")
+    # ---------------------------------------------------- save
+    zero = {"probed": "probing (lambda = 0)", "text": "zero-shot (lambda = 0)",
+            "random": "lambda = 0"}[recipe["head"]]
+    with result.saving():
+        result.values = {
+            "recipe": recipe, "of": study.source.name, "lambdas": lambdas, "best_lambda": lambdas[best],
+            "lambdas_within_2_points": [min(near_best), max(near_best)],
+            "val": {"absolute": [mean(val[name][k] for name in tasks) for k in range(len(lambdas))],
+                    "normalized": normalized, "tasks": val, "n": n["val"]},
+            "test": at_best, "test_lambda0": at_zero, "gain": gain, "single_task": single["test"],
+            "single_task_mean": mean(single["test"].values()), "seconds": state["seconds"],
+            "images_per_second": (len(lambdas) - 1) * sum(n["val"].values()) / max(state["seconds"], 1e-9)}
+        if not recipe["linear"]:             # whose merge is no set of weights for the encoder as it is
+            theta_pre = weights_of(encoder.module)
+            weights = {name: theta_pre[name] + lambdas[best] * vector for name, vector in merged.items()}
+            save_tensors(files[1], encoder.module.state_dict() | weights, theta_pre=encoder.fingerprint,
+                         recipe=recipe, tasks=list(tasks), best_lambda=lambdas[best])
+        plots.lambda_curve(files[0], result.values, f"{args.encoder}, {study.name}, {len(tasks)} tasks", zero)
 
-
-def scale(args, folder, sources, encoder, lambdas):
-    """Addition against the number of tasks: a lambda search and a test for every chosen subset (appendix I)."""
-    # ------------------------------------------------------------------ which subsets, and what they cost
-    names, path, device = list(sources), folder / args.recipe / "scaling.json", common.pick_device(args.device)
-    if len(names) < 2:
-        raise files.Refused(f"--subsets needs two tasks or more, --tasks names {', '.join(names)}")
-    loaded = {name: common.load_vector(folder, args.recipe, name, encoder) for name in names}
-    config = {"encoder": args.encoder, "theta_pre": encoder.theta_pre, "image_size": encoder.size, "recipe": args.recipe, "tasks": names,
-              "lambdas": lambdas, "subsets_per_size": args.subsets, "images_per_task": args.images_per_task, "seed": args.seed,
-              "dtype": str(common.pick_dtype(args.dtype, device)[0])[6:], "vectors": {name: about["sha256"] for name, (_, about) in loaded.items()}}
-    result = files.open_result(path, config, args.overwrite, device)
-    rows = result.setdefault("subsets", [])
-    chosen = choose_subsets(names, args.subsets, args.seed)
-    todo = [subset for subset in chosen if list(subset) not in [row["tasks"] for row in rows]]
-    if not todo:
-        print(f"merge_eval: {path} has all {len(chosen)} subsets, nothing to do (--overwrite to redo)")
-        return
-    tasks = {name: common.load_task(name, source, encoder, args) for name, source in sources.items()}
-    heads = {name: common.load_head(folder, args.recipe, task, encoder, device) for name, task in tasks.items()}
-    splits = {name: {split: common.sample(task.splits[split], args.images_per_task, args.seed) for split in ("val", "test")} for name, task in tasks.items()}
-    n = {name: {split: len(splits[name][split].rows) for split in ("val", "test")} for name in names}
-    images = sum((len(lambdas) - 1) * n[name]["val"] + 2 * n[name]["test"] for subset in todo for name in subset)
-    print(f"merge_eval: {len(todo)} subsets of {len(names)} tasks, {images} images to evaluate, at most "
-          f"{args.images_per_task or 'all'} validation and test images per task", flush=True)
-
-    # ------------------------------------------------------------------ lambda = 0 and the single tasks, on the same images, once
-    evaluator = linearized.evaluator(encoder, args, images)
-    evaluator.use_vectors([vector for vector, _ in loaded.values()])       # on the device from here on
-    one = [tuple(float(name == other) for other in names) for name in names]
-    at_zero, single = {}, {}
-    for name, row in zip(names, one):
-        for split in ("val", "test"):
-            [[zero, own]] = evaluator.hits([splits[name][split]], [heads[name]], [(0.0,) * len(names), row])
-            at_zero[name, split], single[name, split] = zero / n[name][split], own / n[name][split]
-
-    # ------------------------------------------------------------------ every subset
-    for subset in todo:
-        start = time.perf_counter()
-        member = [float(name in subset) for name in names]
-        settings = [tuple(lam * m for m in member) for lam in lambdas[1:]]
-        counted = evaluator.hits([splits[name]["val"] for name in subset], [heads[name] for name in subset], settings)
-        alone = {split: {name: single[name, split] for name in subset} for split in ("val", "test")}
-        curve = [common.normalized_accuracy({name: at_zero[name, "val"] for name in subset}, alone["val"])]
-        curve += [common.normalized_accuracy({name: counts[k] / n[name]["val"] for name, counts in zip(subset, counted)}, alone["val"]) for k in range(len(settings))]
-        best = int(np.argmax(curve))
-        accuracy = {name: at_zero[name, "test"] for name in subset}
-        if best > 0:
-            counted = evaluator.hits([splits[name]["test"] for name in subset], [heads[name] for name in subset], [settings[best - 1]])
-            accuracy = {name: counts[0] / n[name]["test"] for name, counts in zip(subset, counted)}
-        rows.append({"tasks": list(subset), "best_lambda": lambdas[best], "absolute": common.mean(accuracy.values()),
-                     "normalized": common.normalized_accuracy(accuracy, alone["test"]), "seconds": time.perf_counter() - start})
-        result["images_per_task"] = n
-        if subset == todo[-1]:                                             # before the file that says all is done
-            draw_scaling(folder / args.recipe / "scaling.png", rows, f"{args.encoder}, {args.recipe}")
-        files.write_json(path, result)
-
-    # ------------------------------------------------------------------ results
-    for size in sorted({len(row["tasks"]) for row in rows}):
-        normalized = [row["normalized"] for row in rows if len(row["tasks"]) == size]
-        print(f"merge_eval: {size} tasks: mean normalized accuracy {common.mean(normalized):.4f} over {len(normalized)} subsets")
+    # ---------------------------------------------------- say
+    print(f"merge_eval: search of {len(lambdas)} lambdas {state['seconds']:.1f} s, "
+          f"{result.values['images_per_second']:.0f} img/s (compiling included)")
+    for label, row in ((zero, at_zero), (f"addition (lambda = {lambdas[best]:g})", at_best)):
+        print(f"merge_eval: {label}: test absolute {row['absolute']:.4f}, "
+              f"normalized {row['normalized']:.4f}, n = {sum(n['test'].values())}")
 
 
-def choose_subsets(names, per_size, seed):
-    """Every single task and pair (pairs are also compared by their vectors' angle), and of each larger size every subset, or
-    `per_size` of them drawn without replacement where there are more."""
-    rng, chosen = np.random.default_rng(seed), []
-    for size in range(1, len(names) + 1):
-        every = list(itertools.combinations(names, size))
-        chosen += every if size <= 2 or len(every) <= per_size else [every[i] for i in sorted(rng.choice(len(every), per_size, replace=False))]
-    return chosen
-
-
-def summary(hits, n, single_task):
-    """{"absolute", "normalized", "tasks", "hits", "n"} of counts {task: hits} over {task: n} test images."""
-    accuracy = {name: hits[name] / n[name] for name in hits}
-    return {"absolute": common.mean(accuracy.values()), "normalized": common.normalized_accuracy(accuracy, single_task),
+def summary(tasks, predicted, single_task):
+    """{"absolute", "normalized", "tasks", "hits", "n"} of test predictions, one (N,) tensor per task."""
+    hits, n = {}, {}
+    for (name, task), classes in zip(tasks.items(), predicted, strict=True):
+        labels = torch.from_numpy(task.splits["test"].labels).to(classes.device)
+        hits[name], n[name] = int((classes == labels).sum()), len(labels)
+    accuracy = {name: hits[name] / n[name] for name in tasks}
+    return {"absolute": mean(accuracy.values()), "normalized": normalized_accuracy(accuracy, single_task),
             "tasks": accuracy, "hits": hits, "n": n}
 
 
-def draw_scaling(path, rows, title):
-    """Normalized accuracy against the number of merged tasks: a dot per subset, a line through the means."""
-    fig, axes = common.figure(5.6, 4.0)
-    sizes = sorted({len(row["tasks"]) for row in rows})
-    axes.plot([len(row["tasks"]) for row in rows], [row["normalized"] for row in rows], "o", alpha=0.45, label="a subset of tasks")
-    axes.plot(sizes, [common.mean(row["normalized"] for row in rows if len(row["tasks"]) == size) for size in sizes], color="black", label="mean")
-    axes.set(xlabel="number of merged tasks", ylabel="normalized test accuracy", ylim=(0, None), title=title)
-    axes.legend(fontsize=8, loc="lower left")
-    common.save_figure(path, fig)
+def paired_difference(tasks, predicted, reference):
+    """What addition gains on the same test images, with its paired standard error.
 
-
-def draw(path, result, title, at_zero_is):
-    """Accuracy against lambda on validation: each task thin, the mean normalized accuracy thick, lambda = 0 marked."""
-    fig, axes = common.figure(7.6, 4.2)
-    lambdas, normalized, best = result["lambdas"], result["val"]["normalized"], result["best_lambda"]
-    for name, accuracy in result["val"]["tasks"].items():
-        axes.plot(lambdas, accuracy, linewidth=0.9, alpha=0.6, label=name)
-    axes.plot(lambdas, normalized, color="black", linewidth=2.2, marker=".", label="mean, normalized")
-    axes.axhline(normalized[0], color="black", linestyle=":", linewidth=1)
-    axes.annotate(at_zero_is, (lambdas[-1], normalized[0]), ha="right", va="bottom", fontsize=8)
-    axes.plot(best, max(normalized), marker="*", markersize=14, color="crimson", label=f"chosen, lambda = {best:g}", linestyle="none")
-    axes.set(xlabel="scaling coefficient lambda", ylabel="validation accuracy", ylim=(0, 1.03))
-    axes.set_title(title, loc="left", fontsize=9)
-    fig.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
-    common.save_figure(path, fig)
+    predicted, reference   one (N,) tensor of classes per task
+    Returns  {"mean": mean over tasks of the difference of accuracies, "standard_error": of that mean, from
+             the images that only one of the two gets right, "tasks": differences, "tasks_won": how many are
+             above 0}
+    """
+    gains, variance = {}, 0.0
+    for (name, task), ours, theirs in zip(tasks.items(), predicted, reference, strict=True):
+        labels = torch.from_numpy(task.splits["test"].labels).to(ours.device)
+        difference = (ours == labels).double() - (theirs == labels).double()       # (N,) of -1, 0, 1
+        gains[name] = difference.mean().item()
+        variance += difference.var(correction=0).item() / len(difference)
+    return {"mean": mean(gains.values()), "standard_error": variance ** 0.5 / len(gains), "tasks": gains,
+            "tasks_won": sum(gain > 0 for gain in gains.values())}
 
 
 if __name__ == "__main__":
-    files.run(main, parse_args)
+    run(main, parse_args)

@@ -1,5 +1,6 @@
 """One small study on `tiny`, made by the real run_all.sh, shared by all tests that need results."""
-import importlib
+import contextlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -13,47 +14,72 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-import files
+from lib import encoders, files, flags, results
 
 TASKS = ["glyphs", "signs", "textures"]
-SMALL = ["--tasks", ",".join(TASKS), "--pretrain-steps", "80", "--probe-steps", "300", "--steps", "20", "--batch-size", "32",
-         "--points", "5", "--samples", "100"]
-
-
-def stage(*words, env=None):
-    """Run a command in the repository as a user would; returns the finished process with its text output."""
-    return subprocess.run([str(word) for word in words], cwd=ROOT, env=env or os.environ, capture_output=True, text=True)
-
-
+SMALL = ["--tasks", ",".join(TASKS), "--pretrain-steps", "80", "--probe-steps", "300",
+         "--steps", "20", "--batch-size", "32", "--points", "5", "--samples", "100"]
 TIMM = "timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k"
-STAGES = {  # the settings of conftest.SMALL, stage by stage
-    "probe": ["--probe-steps", "300"], "finetune": ["--steps", "20", "--batch-size", "32", "--lr", "5e-4"], "make_vectors": [], "merge_eval": [],
-    "disentangle": ["--points", "5", "--samples", "100"],
+STAGES = {  # the settings of SMALL, stage by stage
+    "probe": ["--probe-steps", "300"], "finetune": ["--steps", "20", "--batch-size", "32", "--lr", "5e-4"],
+    "make_vectors": [], "merge_eval": [], "disentangle": ["--points", "5", "--samples", "100"],
 }
-RESULT = {"probe": "tiny/probe.json", "finetune": "tiny/aligned/finetune.json", "make_vectors": "tiny/aligned/vectors.json",
-          "merge_eval": "tiny/aligned/merge.json", "disentangle": "tiny/aligned/disentangle.json"}
+RESULT = {"probe": "tiny/probe.json", "finetune": "tiny/aligned/finetune.json",
+          "make_vectors": "tiny/aligned/vectors.json", "merge_eval": "tiny/aligned/merge.json",
+          "disentangle": "tiny/aligned/disentangle.json"}
+
+
+def stage(*words, env=None, cwd=ROOT):
+    """Run a command in the repository as a user would; returns the finished process with its text output."""
+    return subprocess.run([str(word) for word in words], cwd=cwd, env=env or os.environ, capture_output=True,
+                          text=True)
 
 
 def snapshot(folder):
     """{file: (size, mtime)} of everything below, temporary files too."""
-    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.rglob("*")) if path.is_file()}
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in found}
 
 
 def refuse(name, *words):
-    """Call a stage's main in this process; returns the refusal's text. Any other exception, or none, fails the test."""
+    """Call a stage's main in this process; returns the refusal's text. Another exception, or none, fails the test."""
     with pytest.raises(files.Refused) as refusal:
         perform(name, *words)
     return str(refusal.value)
 
 
 def perform(name, *words):
-    """Call a stage's main in this process with command-line words."""
-    module, words = importlib.import_module(name), [str(word) for word in words]
-    with mock.patch.object(sys, "argv", [f"{name}.py", *words]):
+    """Call a stage's main in this process with command-line words; a stage of a copied tree by its path."""
+    module, words = stage_module(name), [str(word) for word in words]
+    with mock.patch.object(sys, "argv", [f"{module.__name__}.py", *words]), as_a_process():
+        module.main(module.parse_args())
+
+
+@contextlib.contextmanager
+def as_a_process():
+    """The locks that the body claims are let go of at its end, as when a process ends, however it ends."""
+    held, claim = [], results.claim
+
+    def remembering(path, name):
+        held.append(claim(path, name))
+        return held[-1]
+
+    with mock.patch.object(results, "claim", remembering):
         try:
-            module.main(module.parse_args())
+            yield
         finally:
-            files.CLAIMS.clear()                                           # closed, as when a process ends
+            for lock in filter(None, held):
+                lock.release(force=True)
+
+
+def stage_module(name):
+    """A stage's module by its name, or made anew of the file at a path; what it imports is the repository's."""
+    if isinstance(name, str):
+        return importlib.import_module(name)
+    spec = importlib.util.spec_from_file_location(name.stem, name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +87,7 @@ def study(tmp_path_factory):
     """The runs folder of a finished small study; tests must leave it as it is (copy it to change it)."""
     base = tmp_path_factory.getbasetemp()
     runs = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "study" / "runs"
-    with filelock.FileLock(runs.parent.with_suffix(".lock")):              # one study for all of xdist's workers
+    with filelock.FileLock(runs.parent.with_suffix(".lock")):    # one study for all of xdist's workers
         if not runs.exists():
             finished = stage("bash", "run_all.sh", "tiny", "--runs", runs, *SMALL)
             if finished.returncode:
@@ -74,6 +100,23 @@ def study(tmp_path_factory):
 def copy(study, tmp_path):
     """A private copy of the finished study."""
     return Path(shutil.copytree(study, tmp_path / "runs"))
+
+
+def edit(path, before, after):
+    """Replace a piece of a file that is there once."""
+    text = path.read_text()
+    assert text.count(before) == 1, f"{path.name} has {before!r} {text.count(before)} times"
+    path.write_text(text.replace(before, after))
+
+
+@pytest.fixture
+def code_copy(tmp_path):
+    """A copy of the repository's Python files, for a test to change."""
+    root = tmp_path / "code"
+    shutil.copytree(ROOT / "lib", root / "lib", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, root)
+    return root
 
 
 def image_folder(folder, n_train=12, n_test=10, size=(20, 24), classes=("cat", "dog")):
@@ -91,17 +134,18 @@ def image_folder(folder, n_train=12, n_test=10, size=(20, 24), classes=("cat", "
 @pytest.fixture
 def args(tmp_path):
     """Shared flags of a stage, for calling the library part without a command line."""
-    import common
-    return common.stage_parser("").parse_args(["tiny", "--runs", str(tmp_path / "runs"), "--device", "cpu", "--compile", "off", "--dtype", "fp32"])
+    words = ["tiny", "--runs", str(tmp_path / "runs"), "--device", "cpu", "--compile", "off", "--dtype", "fp32"]
+    return flags.stage_parser("").parse_args(words)
 
 
 @pytest.fixture
 def small_encoder():
     """A one-block ViT with random weights, 16-pixel images."""
-    import timm
     import torch
-    from encoders import Encoder, weights_of
-    from files import fingerprint
+    architecture = {"library": "timm", "name": "vit_tiny_patch16_224",
+                    "kwargs": {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2,
+                               "num_classes": 0}}
     torch.manual_seed(0)
-    module = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=0).eval()
-    return Encoder("small", module, 16, (0.5,) * 3, (0.5,) * 3, 1.0, fingerprint(weights_of(module)))
+    module = encoders.build_architecture(architecture).eval()
+    description = encoders.describe(module, architecture, 16, (0.5,) * 3, (0.5,) * 3, 1.0, encoder="small")
+    return encoders.as_encoder(module, description, files.fingerprint(encoders.weights_of(module)))

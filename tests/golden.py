@@ -1,10 +1,11 @@
 """
-Pin what every stage computes: hits, chosen lambdas and learning rates, xi, and the weights themselves, of a small study.
+Pin what every stage computes on a small study: hits, chosen lambdas and learning rates, xi, and the weights.
 
-    python tests/golden.py                 # compare with tests/golden.json; exit code 1 and the differences if there are any
-    python tests/golden.py --write         # after a change that is meant to change a number: pin anew, and say why in the commit
+    python tests/golden.py            # compare with tests/golden.json; exit code 1 and any differences
+    python tests/golden.py --write    # a change is meant to change a number: pin anew, say why in the commit
 
-In fp32 on one CPU thread; the numbers are those of one kind of processor and one version of torch, both named in the file.
+In fp32 on one CPU thread; the numbers are those of one kind of processor and one version of torch, both named
+in the file.
 """
 import argparse
 import importlib
@@ -34,13 +35,14 @@ def commands():
     """[(stage, words)] in the order in which they run."""
     chosen = [("pretrain", ["--pretrain-steps", "80"]), ("probe", [*TASKS, "--probe-steps", "300"])]
     for name, words in TRAINING.items():
-        shared = [*TASKS, "--recipe", name]
+        shared = [*TASKS, "--name", name]
         chosen += [("finetune", [*shared, *words]), ("make_vectors", shared), ("merge_eval", shared),
                    ("disentangle", [*shared, "--metric", "both", "--points", "5", "--samples", "100"])]
         if name != "linearized":
             chosen.append(("posthoc", [*shared, "--images-per-task", "200"]))
         if name in ("aligned", "full", "linearized"):
-            chosen.append(("merge_eval", [*shared, "--lambdas", "5", "--subsets", "1", "--images-per-task", "60"]))
+            chosen.append(("subsets", [*shared, "--lambdas", "5", "--per-size", "1",
+                                       "--images-per-task", "60"]))
     return chosen
 
 
@@ -52,26 +54,36 @@ def collect(runs):
         return json.loads(folder.joinpath(*parts).read_text())
 
     probe = read("probe.json")
-    numbers = {"pretrain": {"hits": read("pretrain.json")["hits"], "weights": weights(folder / "pretrained.safetensors")},
+    numbers = {"pretrain": {"hits": read("pretrain.json")["hits"],
+                            "weights": weights(folder / "pretrained.safetensors")},
                "probe": {"lr": probe["lr"], "search": probe["search"]["val"], "hits": counts(probe["tasks"])},
-               "heads": {path.stem: weights(path) for path in sorted((folder / "heads").glob("*.safetensors"))}}
+               "heads": {path.stem: weights(path)
+                         for path in sorted((folder / "heads").glob("*.safetensors"))}}
     for name in TRAINING:
         finetune, vectors, merge = (read(name, f"{stage}.json") for stage in ("finetune", "vectors", "merge"))
-        found = {"finetune": {"lr": finetune["lr"], "search": finetune.get("search", {}).get("val"), "hits": counts(finetune["tasks"]),
-                              "weights": {path.stem: weights(path) for path in sorted((folder / name / "finetuned").glob("*.safetensors"))}},
-                 "vectors": {"cosine": rounded(vectors["cosine"]), "norm": rounded(list(vectors["norm"].values())),
-                             "overlap": rounded(vectors["subspace_overlap"]),
-                             "weights": {path.stem: weights(path) for path in sorted((folder / name / "vectors").glob("*.safetensors"))}},
-                 "merge": {"best_lambda": merge["best_lambda"], "val": merge["val"]["tasks"], "normalized": rounded(merge["val"]["normalized"]),
-                           "hits": merge["test"]["hits"], "hits_lambda0": merge["test_lambda0"]["hits"]}}
+        found = {
+            "finetune": {"lr": finetune["lr"], "search": finetune.get("search", {}).get("val"),
+                         "hits": counts(finetune["tasks"]),
+                         "weights": {path.stem: weights(path) for path
+                                     in sorted((folder / name / "finetuned").glob("*.safetensors"))}},
+            "vectors": {"cosine": rounded(vectors["cosine"]), "norm": rounded(list(vectors["norm"].values())),
+                        "overlap": rounded(vectors["subspace_overlap"]),
+                        "weights": {path.stem: weights(path) for path
+                                    in sorted((folder / name / "vectors").glob("*.safetensors"))}},
+            "merge": {"best_lambda": merge["best_lambda"], "val": merge["val"]["tasks"],
+                      "normalized": rounded(merge["val"]["normalized"]),
+                      "hits": merge["test"]["hits"], "hits_lambda0": merge["test_lambda0"]["hits"]}}
         for stem in ("disentangle", "representation"):
-            found[stem] = {path.stem: rounded(np.load(path)["xi"].tolist()) for path in sorted((folder / name / stem).glob("*.npz"))}
+            found[stem] = {path.stem: rounded(np.load(path)["xi"].tolist())
+                           for path in sorted((folder / name / stem).glob("*.npz"))}
         if (folder / name / "posthoc.json").exists():
-            found["posthoc"] = {task: [row["hits_nonlinear"], row["hits_linearized"]] for task, row in read(name, "posthoc.json")["tasks"].items()}
+            found["posthoc"] = {task: [row["hits_nonlinear"], row["hits_linearized"]]
+                                for task, row in read(name, "posthoc.json")["tasks"].items()}
         if (folder / name / "scaling.json").exists():
-            rows = read(name, "scaling.json")["subsets"]
-            rows = rows if isinstance(rows, list) else rows.values()
-            found["subsets"] = {"+".join(row["tasks"]): [row["best_lambda"], rounded(row["absolute"]), rounded(row["normalized"])] for row in rows}
+            rows = read(name, "scaling.json")["subsets"].items()
+            found["subsets"] = {
+                key: [row["best_lambda"], rounded(row["absolute"]), rounded(row["normalized"])]
+                for key, row in rows}
         if (folder / name / "merged.safetensors").exists():
             found["merged"] = weights(folder / name / "merged.safetensors")
         numbers[name] = found
@@ -116,7 +128,8 @@ def study(runs):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="pin today's numbers")
     parser.add_argument("--runs", type=Path, help="keep the study in this folder")
     args = parser.parse_args()

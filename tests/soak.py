@@ -1,11 +1,12 @@
 """
-Kill the stages with SIGKILL at random instants, start them again until they finish, and compare every file with an undisturbed run.
+Kill the stages with SIGKILL at random instants, start them again until they finish, and compare every file with those
+of an undisturbed run.
 
     python tests/soak.py 50                # 50 kills; RUNS folders are made in a temporary place
     python tests/soak.py 50 --seed 3
 
-Each stage is a fork of this process, which has imported everything, so that a kill costs no start-up. Ends in exit code 1 and the
-names of the files that differ. Prints its figures as one line of JSON.
+Each stage is a fork of this process, which has imported everything, so that a kill costs no start-up. Ends in exit
+code 1 and the names of the files that differ. Prints its figures as one line of JSON.
 """
 import argparse
 import importlib
@@ -24,9 +25,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from two_processes import SHARED, STAGES
 
-import files
+from lib.study import run
 
 TRAINING_SAVED = ["--save-minutes", "1e-9"]  # at every step, so that a kill meets every state
+OF_THE_MOMENT = ("machine", "command", "seconds", "seconds_per_step", "feature_seconds", "images_per_second",
+                 "peak_memory_bytes", "source", "checksum")
 
 
 def parse_args():
@@ -37,46 +40,57 @@ def parse_args():
 
 
 def main(args):
-    rng, killed, started = random.Random(args.seed), 0, 0
     with tempfile.TemporaryDirectory() as folder:
         clean, rough = Path(folder) / "clean", Path(folder) / "rough"
         begin("pretrain", ["tiny", "--runs", str(clean), "--pretrain-steps", "10"])
         shutil.copytree(clean, rough)
-        seconds = {}
-        for index, stage in enumerate(STAGES):
-            start = time.perf_counter()
-            status = begin(*command(stage, clean))
-            assert status == 0, f"{stage} undisturbed: exit {status}"
-            seconds[index] = time.perf_counter() - start
-        rounds = 0
-        while killed < args.kills:
-            if rounds:
-                shutil.rmtree(rough / "tiny/full", ignore_errors=True)     # once more from the heads on, with other instants
-            for index, stage in enumerate(STAGES):
-                share = max(1, round(args.kills * seconds[index] / sum(seconds.values())))
-                while True:
-                    started += 1
-                    status = begin(*command(stage, rough), rng.uniform(0, seconds[index]) if share > 0 and killed < args.kills else None)
-                    if status == 0:
-                        break
-                    assert status == -signal.SIGKILL, f"{stage}: exit {status}"
-                    killed, share = killed + 1, share - 1
-            rounds += 1
-        names = sorted(path.relative_to(clean) for path in clean.rglob("*") if path.is_file() and path.suffix != ".lock")
+        seconds = undisturbed(clean)
+        figures = disturbed(rough, seconds, args.kills, random.Random(args.seed))
+        names, there = files_below(clean), files_below(rough)
         differ = [str(name) for name in names if not same(clean / name, rough / name)]
-        differ += [str(path.relative_to(rough)) for path in rough.rglob("*") if path.is_file() and path.suffix not in (".lock", ".tmp") and path.relative_to(rough) not in names]
-        torn = [str(path.relative_to(rough)) for path in rough.rglob("*.tmp")]
-    print(json.dumps({"kills": killed, "starts": started, "rounds": rounds, "files": len(names), "differ": differ, "temporary_files_left": torn}))
+        differ += [str(name) for name in there if name not in names and name.suffix != ".tmp"]
+        torn = [str(name) for name in there if name.suffix == ".tmp"]
+    print(json.dumps(figures | {"files": len(names), "differ": differ, "temporary_files_left": torn}))
     return 1 if differ or torn else 0
+
+
+def undisturbed(runs):
+    """Run every stage; returns the seconds of each."""
+    seconds = []
+    for stage in STAGES:
+        start = time.perf_counter()
+        status = begin(*command(stage, runs))
+        assert status == 0, f"{stage} undisturbed: exit {status}"
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def disturbed(runs, seconds, kills, rng):
+    """Run every stage until it finishes, killed so many times in all, longer stages more often; returns the counts."""
+    killed = started = rounds = 0
+    while killed < kills:
+        if rounds:
+            shutil.rmtree(runs / "tiny/full", ignore_errors=True)    # again from the heads on, with other instants
+        for index, stage in enumerate(STAGES):
+            share, status = max(1, round(kills * seconds[index] / sum(seconds))), None
+            while status != 0:
+                started += 1
+                kill_after = rng.uniform(0, seconds[index]) if share > 0 and killed < kills else None
+                status = begin(*command(stage, runs), kill_after)
+                assert status in (0, -signal.SIGKILL), f"{stage}: exit {status}"
+                killed, share = killed + (status != 0), share - 1
+        rounds += 1
+    return {"kills": killed, "starts": started, "rounds": rounds}
 
 
 def command(stage, runs):
     name, words = stage
-    return name, [*SHARED, str(runs), *[word for word in words if word != "--overwrite"], *(TRAINING_SAVED if name == "finetune" else [])]
+    words = [word for word in words if word != "--overwrite"]
+    return name, [*SHARED, str(runs), *words, *(TRAINING_SAVED if name == "finetune" else [])]
 
 
 def begin(name, words, kill_after=None):
-    """Exit status of a stage in a process of its own, killed after so many seconds if it is still there (negative: the signal)."""
+    """Exit status of a stage in a process of its own, killed after so many seconds (negative: the signal)."""
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)
@@ -85,7 +99,7 @@ def begin(name, words, kill_after=None):
         stage = importlib.import_module(name)
         status = 1
         try:
-            files.run(stage.main, stage.parse_args)
+            run(stage.main, stage.parse_args)
             status = 0
         except SystemExit as end:
             status = end.code or 0
@@ -104,6 +118,12 @@ def begin(name, words, kill_after=None):
         time.sleep(0.002)
 
 
+def files_below(folder):
+    """Every file but the locks, relative to the folder."""
+    found = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [path for path in found if path.suffix != ".lock"]
+
+
 def same(one, two):
     """Whether two files are equal; results but for where, when and how fast they were made."""
     if not two.exists():
@@ -115,14 +135,15 @@ def same(one, two):
 
 def numbers(path):
     """A result without what may differ between two runs of the same commands."""
-    def strip(value):
-        if isinstance(value, list):
-            return [strip(inner) for inner in value]
-        if isinstance(value, dict):
-            return {key: strip(inner) for key, inner in value.items() if key not in
-                    ("machine", "command", "seconds", "feature_seconds", "images_per_second", "peak_memory_bytes", "source", "checksum")}
-        return value
     return strip(json.loads(path.read_text()))
+
+
+def strip(value):
+    if isinstance(value, list):
+        return [strip(inner) for inner in value]
+    if isinstance(value, dict):
+        return {key: strip(inner) for key, inner in value.items() if key not in OF_THE_MOMENT}
+    return value
 
 
 if __name__ == "__main__":

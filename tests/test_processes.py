@@ -1,4 +1,6 @@
 """Several processes share the work with the results of one; killed processes lose nothing."""
+import errno
+import fcntl
 import json
 import shutil
 import subprocess
@@ -9,8 +11,12 @@ import common
 import pytest
 import torch
 import two_processes
-from conftest import ROOT, TASKS, perform, stage
+from conftest import ROOT, TASKS, as_a_process, perform, stage
+from lib import results
 from soak import numbers
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ALL_TASKS = ["--tasks", ",".join(TASKS)]
 
 
 def test_two_processes_give_the_files_of_one(study, tmp_path):
@@ -19,11 +25,12 @@ def test_two_processes_give_the_files_of_one(study, tmp_path):
         shutil.rmtree(tmp_path / runs / "tiny/features")
     threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)                                           # as torchrun gives each process
-        two_processes.main(str(tmp_path / "one"))
+        torch.set_num_threads(1)                           # as torchrun gives each process
+        with as_a_process():
+            two_processes.main(str(tmp_path / "one"))
     finally:
         torch.set_num_threads(threads)
-    finished = stage(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "tests/two_processes.py", tmp_path / "two")
+    finished = stage(*TORCHRUN, "tests/two_processes.py", tmp_path / "two")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     compared = 0
     for one in sorted((tmp_path / "one/tiny").rglob("*")):
@@ -35,72 +42,117 @@ def test_two_processes_give_the_files_of_one(study, tmp_path):
         compared += one.suffix in (".json", ".safetensors", ".npz")
     assert compared > 20
     search = json.loads((tmp_path / "two/tiny/full/finetune.json").read_text())["search"]["val"]
-    assert len(set(search.values())) > 1                                   # else nothing was learnt and nothing compared
+    assert len(set(search.values())) > 1                   # else nothing was learnt and nothing compared
     assert json.loads((tmp_path / "two/tiny/full/merge.json").read_text())["machine"]["processes"] == 2
 
 
 def test_one_process_failing_ends_the_run_with_its_message(study, tmp_path):
     runs = shutil.copytree(study, tmp_path / "runs")
     (runs / "tiny/heads/signs.safetensors").write_bytes(b"cut")
-    finished = stage(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "merge_eval.py", "tiny", "--runs", runs,
-                     "--tasks", "glyphs,signs,textures", "--overwrite")
+    finished = stage(*TORCHRUN, "merge_eval.py", "tiny", "--runs", runs, *ALL_TASKS, "--overwrite")
     assert finished.returncode != 0 and "heads/signs.safetensors cannot be read" in finished.stderr
-    assert json.loads((runs / "tiny/aligned/merge.json").read_text()) == json.loads((study / "tiny/aligned/merge.json").read_text())
+    kept, before = (folder / "tiny/aligned/merge.json" for folder in (runs, study))
+    assert json.loads(kept.read_text()) == json.loads(before.read_text())
 
 
-def test_rows_another_job_wrote_meanwhile_are_kept(tmp_path):
-    import files
+# --------------------------------------------------------------------------------------- rows of several jobs
+
+
+def rows_job(path, rows, seed=0, overwrite=False, protected=True):
+    """The Result of one job that makes some rows of finetune.json."""
+    config = {"encoder": "tiny", "seed": seed}
+    return results.Result(path, config, {row: {} for row in rows}, ROOT / "finetune.py", torch.device("cpu"),
+                          overwrite, key="tasks", protected=protected)
+
+
+def make_row(result, row):
+    with result.saving(row):
+        result.rows[row] = {"test": 0.5}
+
+
+def rows_in(path):
+    return set(json.loads(path.read_text())["tasks"])
+
+
+@pytest.mark.parametrize("protected", [True, False])
+def test_rows_another_job_wrote_meanwhile_are_kept(tmp_path, protected):
     path = tmp_path / "finetune.json"
-    mine, theirs = ({"config": {"seed": 0}, "command": "", "tasks": {}} for _ in range(2))
-    for result, name in ((mine, "cars"), (theirs, "dtd"), (mine, "mnist")):
-        with files.adding_rows(path, result, "tasks", overwrite=False):
-            result["tasks"][name] = {"test": 0.5}
-    assert set(json.loads(path.read_text())["tasks"]) == {"cars", "dtd", "mnist"}
-    other = {"config": {"seed": 1}, "command": "", "tasks": {}}
-    with files.adding_rows(path, other, "tasks", overwrite=True):
-        other["tasks"]["svhn"] = {"test": 0.5}
-    assert set(json.loads(path.read_text())["tasks"]) == {"svhn"}
+    with as_a_process():
+        mine, theirs = (rows_job(path, rows, protected=protected) for rows in (["cars", "mnist"], ["dtd"]))
+        make_row(mine, "cars")
+        make_row(theirs, "dtd")
+        make_row(mine, "mnist")
+    assert rows_in(path) == {"cars", "dtd", "mnist"} and not (tmp_path / "earlier").exists()
+    with as_a_process():
+        make_row(rows_job(path, ["svhn"], seed=1, overwrite=True, protected=protected), "svhn")
+    assert rows_in(path) == {"svhn"}
 
 
-@pytest.mark.parametrize("name, words, function, kept", [("merge_eval", ["--lambdas", "14"], "hits", "merge"),
-                                                         ("disentangle", ["--points", "5", "--samples", "60", "--metric", "both", "--pairs", "glyphs-signs"], "features", "disentangle-both-glyphs-signs")])
-def test_an_interrupted_search_or_heat_map_goes_on_where_it_was(copy, monkeypatch, name, words, function, kept):
-    """Interrupted at the third call of the evaluator: the first two are not made again, and the result is that of an undisturbed run."""
+def test_rows_of_other_settings_that_another_job_wrote_meanwhile_are_set_aside_by_an_analysis(tmp_path):
+    path = tmp_path / "finetune.json"
+    with as_a_process():
+        mine, theirs = (rows_job(path, ["cars"], protected=False), rows_job(path, ["dtd"], 1, protected=False))
+        make_row(theirs, "dtd")
+        before = path.read_bytes()
+        make_row(mine, "cars")
+    assert rows_in(path) == {"cars"}
+    [kept] = (tmp_path / "earlier").rglob("finetune.json")
+    assert kept.read_bytes() == before
+
+
+# --------------------------------------------------------------------------------------- ended midway
+
+
+@pytest.mark.parametrize("name, words, function, made, kept", [
+    ("merge_eval", ["--lambdas", "14"], "hits", ["merge.json"], "merge"),
+    ("disentangle", ["--points", "5", "--samples", "60", "--metric", "both", "--pairs", "glyphs-signs"], "features",
+     ["disentangle.json", "representation.json", "representation/glyphs-signs.npz"], "disentangle-glyphs-signs"),
+])
+def test_an_interrupted_search_or_heat_map_goes_on_where_it_was(copy, monkeypatch, name, words, function, made, kept):
+    """Interrupted at the evaluator's third call: the first two are not made again, the result is an undisturbed one's."""
     asked, evaluate = [], getattr(common.Evaluator, function)
 
     def counting(self, *given):
-        asked.append(given[-1])                                            # the weight settings
+        asked.append(given[-1])                            # the weight settings
         if len(asked) == stop:
             raise KeyboardInterrupt
         return evaluate(self, *given)
 
+    def contents():
+        found = {}
+        for path in paths:
+            found[path] = numbers(path) if path.suffix == ".json" else path.read_bytes()
+        return found
+
     monkeypatch.setattr(common.Evaluator, function, counting)
-    command, stop = [name, "tiny", "--runs", copy, "--tasks", ",".join(TASKS), *words], 0
-    results = {file: copy / f"tiny/aligned/{file}" for file in (["merge.json"] if name == "merge_eval" else ["disentangle.json", "representation.json", "representation/glyphs-signs.npz"])}
+    command, stop = [name, "tiny", "--runs", copy, *ALL_TASKS, *words], 0
+    paths = [copy / "tiny/aligned" / file for file in made]
+    state = copy / f"tiny/aligned/state/{kept}.json"
     perform(*command, "--overwrite")
-    undisturbed, clean = list(asked), {file: numbers(path) if path.suffix == ".json" else path.read_bytes() for file, path in results.items()}
-    for path in results.values():
+    undisturbed, clean = list(asked), contents()
+    for path in paths:
         path.unlink()
     asked.clear()
     stop = 3
     with pytest.raises(KeyboardInterrupt):
         perform(*command)
-    assert (copy / f"tiny/aligned/state/{kept}.json").exists()
+    assert state.exists()
     asked.clear()
     stop = 0
     perform(*command)
-    assert len(asked) < len(undisturbed) and undisturbed[2] in asked and undisturbed[1] not in asked[1:]
-    assert {file: numbers(path) if path.suffix == ".json" else path.read_bytes() for file, path in results.items()} == clean
-    assert not (copy / f"tiny/aligned/state/{kept}.json").exists()
+    assert len(asked) < len(undisturbed)
+    assert undisturbed[2] in asked and undisturbed[1] not in asked[1:]
+    assert contents() == clean
+    assert not state.exists()
 
 
 def test_a_second_process_waits_for_the_first_and_finds_its_result(copy):
-    import files
     path = copy / "tiny/aligned/merge.json"
     whole = path.read_text()
     path.unlink()
-    files.claim(path, [""])                                                # this process is the first
-    second = subprocess.Popen([sys.executable, "-u", "merge_eval.py", "tiny", "--runs", copy, "--tasks", ",".join(TASKS)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    lock = results.claim(path, "merge")                    # this process is the first
+    second = subprocess.Popen([sys.executable, "-u", "merge_eval.py", "tiny", "--runs", copy, *ALL_TASKS], cwd=ROOT,
+                              stdout=subprocess.PIPE, text=True)
     said = []
     try:
         for line in second.stdout:
@@ -111,13 +163,38 @@ def test_a_second_process_waits_for_the_first_and_finds_its_result(copy):
         assert second.poll() is None and not path.exists(), "".join(said)
         path.write_text(whole)
     finally:
-        files.CLAIMS.pop(copy / "tiny/.claims").close()                    # as when the first process ends
+        lock.release()                                     # as when the first process ends
     rest = second.communicate()[0]
     assert second.returncode == 0 and "nothing to do" in rest and path.read_text() == whole, rest
 
 
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_warned_about_and_used(copy, monkeypatch, capsys, code):
+    def no_locks(descriptor, operation):
+        raise OSError(code, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    words = ["tiny", "--runs", copy, *ALL_TASKS, "--images-per-task", "20"]
+    perform("posthoc", *words)
+    said = capsys.readouterr()
+    assert f"warning: {copy / 'tiny/aligned'} is on a file system without locks" in said.err
+    assert set(json.loads((copy / "tiny/aligned/posthoc.json").read_text())["tasks"]) == set(TASKS)
+    perform("posthoc", *words)
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_lock_that_fails_for_another_reason_ends_the_stage(copy, monkeypatch):
+    def broken(descriptor, operation):
+        raise OSError(errno.EIO, "the disk is broken")
+
+    monkeypatch.setattr(fcntl, "flock", broken)
+    with pytest.raises(OSError, match="the disk is broken"):
+        perform("posthoc", "tiny", "--runs", copy, *ALL_TASKS, "--images-per-task", "20")
+    assert not (copy / "tiny/aligned/posthoc.json").exists()
+
+
 def test_killed_anywhere_then_rerun_equals_uninterrupted():
-    """SIGKILL at random instants of every heavy stage, the training state saved at every step; tests/soak.sh N runs it longer."""
+    """SIGKILL at random instants of every heavy stage, the training state saved at every step; soak.sh N goes longer."""
     finished = stage(sys.executable, "tests/soak.py", "4")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     figures = json.loads(finished.stdout)

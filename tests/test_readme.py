@@ -6,10 +6,23 @@ import shlex
 import pytest
 from conftest import ROOT
 
-STAGES = ["pretrain", "probe", "finetune", "make_vectors", "merge_eval", "disentangle", "posthoc", "precision", "report", "bench", "tiny"]
-TEXTS = ["README.md", "run_all.sh", *(f"{name}.py" for name in STAGES)]
-COMMANDS = sorted({(match[1], match[2].split("#")[0].strip()) for text in TEXTS
-                   for match in re.finditer(r"^(?:#   |    )(?:python|torchrun --nproc-per-node \d+) (\w+)\.py(.*)$", (ROOT / text).read_text(), re.M) if "${stage" not in match[2]})
+STAGES = ["pretrain", "probe", "finetune", "make_vectors", "merge_eval", "disentangle", "subsets", "posthoc",
+          "precision", "report", "bench", "lib.generated"]
+TEXTS = ["README.md", "run_all.sh", *(f"{name.replace('.', '/')}.py" for name in STAGES)]
+PRINTED = r"^(?:#   |    )(?:python|torchrun --nproc-per-node \d+) (?:-m )?([\w.]+?)(?:\.py)?(?: +(.*))?$"
+
+
+def printed_commands():
+    """{(stage, words)} of every command that a text prints."""
+    commands = set()
+    for text in TEXTS:
+        for name, words in re.findall(PRINTED, (ROOT / text).read_text(), re.M):
+            if "${stage" not in words:
+                commands.add((name, words.split("#")[0].strip()))
+    return sorted(commands)
+
+
+COMMANDS = printed_commands()
 
 
 @pytest.mark.parametrize("name, words", COMMANDS)
@@ -23,7 +36,8 @@ def test_every_stage_prints_a_command():
 
 def test_the_readmes_links_and_scripts_exist():
     text = (ROOT / "README.md").read_text()
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text) + re.findall(r"`(\w+\.(?:py|sh))`", text) + re.findall(r"^    bash (\S+)", text, re.M):
+    named = re.findall(r"\]\((?!http)([^)#]+)\)", text) + re.findall(r"`(\w+\.(?:py|sh))`", text)
+    for target in named + re.findall(r"^    bash (\S+)", text, re.M):
         assert (ROOT / target).exists(), target
 
 
@@ -35,8 +49,11 @@ def test_help_shows_the_docstring(name, capsys):
     assert left.value.code == 0 and module.__doc__.strip().splitlines()[0] in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name, words", [("probe", ["tiny", "--seed", "-1"]), ("finetune", ["tiny", "--steps", "0"]), ("finetune", ["tiny", "--lr", "nan"]),
-                                         ("disentangle", ["tiny", "--limit", "x"]), ("merge_eval", ["tiny", "--lamda-max", "1"]), ("make_vectors", ["tiny", "--recipe", "magic"]), ("probe", [])])
+@pytest.mark.parametrize("name, words", [
+    ("probe", ["tiny", "--seed", "-1"]), ("finetune", ["tiny", "--steps", "0"]), ("finetune", ["tiny", "--lr", "nan"]),
+    ("disentangle", ["tiny", "--limit", "x"]), ("merge_eval", ["tiny", "--lamda-max", "1"]), ("probe", []),
+    ("finetune", ["tiny", "--recipe", "magic"]), ("make_vectors", ["tiny", "--recipe", "magic"]),
+])
 def test_a_wrong_flag_is_one_line_and_exit_code_2(name, words, capsys):
     with pytest.raises(SystemExit) as left:
         importlib.import_module(name).parse_args(words)

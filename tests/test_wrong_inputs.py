@@ -1,34 +1,49 @@
-"""Wrong input in bulk: each ends in exit code 2 and one line, or is handled as the README says; none leaves a changed file."""
+"""Wrong input in bulk: each ends in exit code 2 and one line, or is handled as the README says; none is silent."""
+import errno
 import importlib
 import io
 import itertools
 import json
+import os
 import shutil
 import struct
+import sys
 import types
 import zlib
 
 import common
-import encoders
-import files
 import numpy as np
 import pytest
 import torch
-from conftest import RESULT, STAGES, TASKS, TIMM, image_folder, refuse, snapshot
+from conftest import RESULT, STAGES, TASKS, TIMM, as_a_process, image_folder, perform, refuse, snapshot, stage
+from lib import encoders, files, study as study_module
 from PIL import Image
 from safetensors.torch import save_file
 
-# ---------------------------------------------------------------------------------------------- arguments
+ALL_TASKS = ["--tasks", ",".join(TASKS)]
 
-WRONG_NUMBERS = {"--steps": ["0", "-1", "x", "1.5"], "--batch-size": ["0", "x"], "--lr": ["0", "-1", "nan", "inf", "x"], "--seed": ["-1", "1.5", "x"],
-                 "--image-size": ["0", "x"], "--save-minutes": ["0", "-2", "x"], "--device": [], "--dtype": ["fp8", "bfloat16"], "--compile": ["yes"], "--recipe": ["Aligned", "attention-full"]}
-ARGUMENTS = [("finetune", ["tiny", flag, value]) for flag, values in WRONG_NUMBERS.items() for value in values]
-ARGUMENTS += [("probe", ["tiny", flag, value]) for flag, value in itertools.product(("--probe-steps", "--probe-lr"), ("0", "x"))]
-ARGUMENTS += [("merge_eval", ["tiny", flag, value]) for flag in ("--lambdas", "--lambda-max", "--subsets", "--images-per-task") for value in ("0", "-1", "x")]
-ARGUMENTS += [("disentangle", ["tiny", flag, value]) for flag in ("--points", "--limit", "--samples") for value in ("0", "x")]
-ARGUMENTS += [("disentangle", ["tiny", "--metric", "kl"]), ("posthoc", ["tiny", "--images-per-task", "0"]), ("precision", ["tiny", "--images-per-task", "x"]),
-              ("report", ["--encoder"]), ("report", ["tiny"]), ("bench", ["--repeats", "0"]), ("pretrain", ["tiny", "--pretrain-steps", "0"]), ("pretrain", []),
-              ("make_vectors", ["tiny", "extra"]), ("finetune", ["tiny", "--step", "5", "--lrr", "1"])]
+# --------------------------------------------------------------------------------------- arguments
+
+WRONG = {  # {stage: {flag: values it does not take}}
+    "finetune": {"--steps": ["0", "-1", "x", "1.5"], "--batch-size": ["0", "x"], "--seed": ["-1", "1.5", "x"],
+                 "--lr": ["0", "-1", "nan", "inf", "x"], "--image-size": ["0", "x"], "--save-minutes": ["0", "-2", "x"],
+                 "--dtype": ["fp8", "bfloat16"], "--compile": ["yes"], "--recipe": ["Aligned", "attention-full"],
+                 "--name": ["", "..", "../x", "/x", "a/b", "a b", "-x", ".x", "é", "heads", "features", "state", "earlier"]},
+    "probe": {"--probe-steps": ["0", "x"], "--probe-lr": ["0", "x"]},
+    "merge_eval": {"--lambdas": ["0", "-1", "x"], "--lambda-max": ["0", "-1", "x"], "--name": ["../x", "heads"],
+                   "--of": ["../x", "heads"]},
+    "subsets": {"--per-size": ["0", "-1", "x"], "--images-per-task": ["0", "-1", "x"], "--lambdas": ["0", "-1", "x"],
+                "--lambda-max": ["0", "-1", "x"]},
+    "disentangle": {"--points": ["0", "x"], "--limit": ["0", "x"], "--samples": ["0", "x"], "--metric": ["kl"]},
+    "posthoc": {"--images-per-task": ["0"]}, "precision": {"--images-per-task": ["x"]},
+    "pretrain": {"--pretrain-steps": ["0"]},
+}
+ARGUMENTS = [("report", ["--encoder"]), ("report", ["tiny"]), ("bench", ["--repeats", "0"]), ("pretrain", []),
+             ("make_vectors", ["tiny", "extra"]), ("finetune", ["tiny", "--step", "5", "--lrr", "1"]),
+             ("merge_eval", ["tiny", "--subsets", "5"]), ("merge_eval", ["tiny", "--recipe", "full"])]
+for stage_name, flags in WRONG.items():
+    for flag, values in flags.items():
+        ARGUMENTS += [(stage_name, ["tiny", f"{flag}={value}"]) for value in values]
 
 
 @pytest.mark.parametrize("name, words", ARGUMENTS)
@@ -39,7 +54,8 @@ def test_arguments(name, words, capsys):
     assert left.value.code == 2 and said.err.count("\n") == 1 and said.out == ""
 
 
-NAMES = ["../x", "..", ".", "/etc", "a/b", "a b", "", ",", "glyphs,", "glyphs,,signs", "-x", ".hidden", "x=", "glyphs=~/no/such", "é"]
+NAMES = ["../x", "..", ".", "/etc", "a/b", "a b", "", ",", "glyphs,", "glyphs,,signs", "-x", ".hidden", "x=",
+         "glyphs=~/no/such", "é"]
 
 
 @pytest.mark.parametrize("tasks", NAMES)
@@ -49,20 +65,40 @@ def test_task_names(study, tasks):
     assert snapshot(study) == before
 
 
-@pytest.mark.parametrize("encoder", ["", "timm:", "timm:../../x", "open_clip:", "open_clip:../x/y", "../tiny", "tiny/..", "hf:x/y", "TINY", "vit_b16", "timm:resnet5000"])
+@pytest.mark.parametrize("encoder", ["", "timm:", "timm:../../x", "open_clip:", "open_clip:../x/y", "../tiny",
+                                     "tiny/..", "hf:x/y", "TINY", "vit_b16", "timm:resnet5000"])
 def test_encoder_names(tmp_path, encoder):
     refuse("probe", encoder, "--runs", tmp_path / "runs", "--tasks", "glyphs")
     assert not snapshot(tmp_path)
 
 
-@pytest.mark.parametrize("words", [["--device", "cuda:99"], ["--device", "tpu"], ["--data", "/no/such/folder"], ["--image-size", "33"], ["--weights", "/no/such/file"]])
+@pytest.mark.parametrize("words", [["--device", "cuda:99"], ["--device", "tpu"], ["--data", "/no/such/folder"],
+                                   ["--image-size", "33"], ["--weights", "/no/such/file"]])
 def test_flags_that_do_not_fit_the_machine_or_the_runs(study, words):
     before = snapshot(study)
     refuse("probe", "tiny", "--runs", study, "--tasks", "glyphs", *STAGES["probe"], *words)
     assert snapshot(study) == before
 
 
-# ---------------------------------------------------------------------------------------------- images
+@pytest.mark.parametrize("words, said", [
+    (["tiny", "--nonsense", "3"], "unknown flag --nonsense"),
+    (["tiny", "--nonsense=3"], "unknown flag --nonsense"),
+    (["tiny", "extra"], "unknown flag extra"),
+    (["tiny", "--lambda-max"], "--lambda-max needs a value"),
+    (["--tasks"], "--tasks needs a value"),
+    (["vit_b16_dino", "--pretrain-steps", "5"], "--pretrain-steps is of tiny"),
+    (["tiny", "--images-per-task", "40"], "give --everything"),
+    (["tiny", "--per-size=2", "--attention"], "give --everything"),
+])
+def test_run_all_refuses_flags_it_cannot_pass_on_before_any_stage_starts(tmp_path, words, said):
+    encoder = [] if words[0].startswith("-") else words[:1]
+    finished = stage("bash", "run_all.sh", *encoder, "--runs", tmp_path / "runs", *words[len(encoder):])
+    assert finished.returncode == 2 and finished.stdout == ""
+    assert finished.stderr.count("\n") == 1 and said in finished.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+# --------------------------------------------------------------------------------------- images
 
 
 def png(mode="RGB", size=(20, 24), **options):
@@ -75,11 +111,13 @@ def bomb():
     """A PNG whose header promises 60,000 x 60,000 pixels."""
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-BROKEN_IMAGES = {"empty": b"", "html": b"<html>404</html>", "header only": png()[:30], "cut": png()[:-30], "zeros": bytes(500), "bomb": bomb(),
-                 "text": b"hello", "crc": png()[:45] + bytes([png()[45] ^ 255]) + png()[46:], "gif cut": b"GIF89a\x01"}
+BROKEN_IMAGES = {"empty": b"", "html": b"<html>404</html>", "header only": png()[:30], "cut": png()[:-30],
+                 "zeros": bytes(500), "bomb": bomb(), "text": b"hello", "gif cut": b"GIF89a\x01",
+                 "crc": png()[:45] + bytes([png()[45] ^ 255]) + png()[46:]}
 
 
 @pytest.mark.parametrize("kind", BROKEN_IMAGES)
@@ -87,35 +125,41 @@ def test_broken_images_are_named_with_their_index(copy, tmp_path, kind):
     folder = image_folder(tmp_path / "pets", size=(40, 40))
     sorted((folder / "test").rglob("*.png"))[3].write_bytes(BROKEN_IMAGES[kind])
     before = snapshot(copy)
-    assert "image 3 of split test cannot be decoded" in refuse("probe", "tiny", "--runs", copy, "--tasks", f"pets={folder}", *STAGES["probe"])
+    said = refuse("probe", "tiny", "--runs", copy, "--tasks", f"pets={folder}", *STAGES["probe"])
+    assert "image 3 of split test cannot be decoded" in said
     assert snapshot(copy) == before
 
 
 def odd_images():
     """{name: (file ending, bytes)} of unusual images that are read like any other."""
-    made = {"1 x 1": ("png", png(size=(1, 1))), "16 bit": ("png", png("I;16")), "grey": ("png", png("L")), "grey with alpha": ("png", png("LA")), "palette": ("png", png("P")),
-            "transparent": ("png", png("RGBA")), "1 bit": ("png", png("1")), "wide": ("png", png(size=(900, 3))), "wrong ending": ("jpg", png())}
-    for name, mode, form in (("CMYK", "CMYK", "JPEG"), ("animated", "RGB", "GIF"), ("tiff", "RGB", "TIFF"), ("webp", "RGB", "WEBP")):
-        buffer = io.BytesIO()
-        Image.new(mode, (20, 24)).save(buffer, form, **({"save_all": True, "append_images": [Image.new(mode, (20, 24), 9)]} if name == "animated" else {}))
+    made = {"1 x 1": ("png", png(size=(1, 1))), "16 bit": ("png", png("I;16")), "grey": ("png", png("L")),
+            "grey with alpha": ("png", png("LA")), "palette": ("png", png("P")), "transparent": ("png", png("RGBA")),
+            "1 bit": ("png", png("1")), "wide": ("png", png(size=(900, 3))), "wrong ending": ("jpg", png())}
+    for name, mode, form in (("CMYK", "CMYK", "JPEG"), ("animated", "RGB", "GIF"), ("tiff", "RGB", "TIFF"),
+                             ("webp", "RGB", "WEBP")):
+        buffer, more = io.BytesIO(), {}
+        if name == "animated":
+            more = {"save_all": True, "append_images": [Image.new(mode, (20, 24), 9)]}
+        Image.new(mode, (20, 24)).save(buffer, form, **more)
         made[name] = (form.lower(), buffer.getvalue())
     return made
 
 
-def test_unusual_images_are_read(args, small_encoder, tmp_path):
+def test_unusual_images_are_read(small_encoder, tmp_path):
     folder = image_folder(tmp_path / "pets", n_test=20)
     for index, (ending, content) in enumerate(odd_images().values()):
         (folder / "test/cat" / f"odd{index}.{ending}").write_bytes(content)
-    task = common.load_task("pets", folder, small_encoder, args)
-    assert len(task.splits["test"].rows) == 20 + len(odd_images()) and task.splits["test"].images.shape[1:] == (3, 16, 16)
+    task = common.load_task("pets", str(folder), small_encoder, tmp_path / "runs")
+    assert len(task.splits["test"]) == len(task.splits["test"].indices) == 20 + len(odd_images())
+    assert task.splits["test"].inputs.shape[1:] == (3, 16, 16)
 
 
-# ---------------------------------------------------------------------------------------------- files under runs/
+# --------------------------------------------------------------------------------------- files under runs/
 
-FILES = {"tiny/pretrained.safetensors": "probe", "tiny/heads/signs.safetensors": "finetune", "tiny/features/signs.safetensors": "merge_eval",
-         "tiny/aligned/finetuned/signs.safetensors": "make_vectors", "tiny/aligned/vectors/signs.safetensors": "merge_eval",
-         "tiny/aligned/finetune.json": "merge_eval", "tiny/probe.json": "finetune", "images/*signs*/test_images.npy": "merge_eval", "images/*signs*/train_labels.npy": "merge_eval",
-         "images/*signs*/about.json": "merge_eval"}
+FILES = {"tiny/pretrained.safetensors": "probe", "tiny/heads/signs.safetensors": "finetune",
+         "tiny/features/signs.safetensors": "merge_eval", "tiny/aligned/finetuned/signs.safetensors": "make_vectors",
+         "tiny/aligned/vectors/signs.safetensors": "merge_eval", "inputs/*signs*/test_inputs.npy": "merge_eval",
+         "inputs/*signs*/train_labels.npy": "merge_eval", "inputs/*signs*/about.json": "merge_eval"}
 
 
 def hurt(runs, pattern, name):
@@ -126,97 +170,194 @@ def hurt(runs, pattern, name):
     return path
 
 
+def flips(content, seed=0):
+    """A file's bytes with one bit flipped, at eight seeded places."""
+    rng = np.random.default_rng(seed)
+    for place in [0, len(content) - 1, *rng.integers(0, len(content), 6)]:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << int(rng.integers(0, 8))
+        yield bytes(damaged)
+
+
 @pytest.mark.parametrize("pattern", FILES)
 def test_a_flipped_bit_anywhere_is_caught(copy, pattern):
     """Eight seeded places in every kind of file: caught, never a traceback or another number."""
-    name, rng = FILES[pattern], np.random.default_rng(0)
+    name = FILES[pattern]
     path = hurt(copy, pattern, name)
-    sound = path.read_bytes()
-    for place in [0, len(sound) - 1, *rng.integers(0, len(sound), 6)]:
-        damaged = bytearray(sound)
-        damaged[place] ^= 1 << int(rng.integers(0, 8))
+    for damaged in flips(path.read_bytes()):
         path.write_bytes(damaged)
         before = snapshot(copy)
-        assert path.name in (said := refuse(name, "tiny", "--runs", copy, "--tasks", ",".join(TASKS), *STAGES[name])) or path.parent.name in said
+        said = refuse(name, "tiny", "--runs", copy, *ALL_TASKS, *STAGES[name])
+        assert path.name in said or path.parent.name in said
         assert snapshot(copy) == before
 
 
-JSON_EDITS = {"not JSON": "{", "a list": "[]", "a number": "3", "nothing": "", "no config": "{}", "bytes": b"\xff\xfe", "other keys": '{"config": {}, "command": ""}'}
+@pytest.mark.parametrize("file, name, words", [
+    ("tiny/aligned/finetune.json", "merge_eval", ["--lambdas", "2", *ALL_TASKS]),
+    ("tiny/probe.json", "finetune", STAGES["finetune"]),   # read for the default tasks
+    ("tiny/aligned/finetune.json", "finetune", [*STAGES["finetune"], *ALL_TASKS]),
+    ("tiny/aligned/disentangle.json", "disentangle", ["--points", "3", "--samples", "9", *ALL_TASKS]),
+    ("tiny/aligned/merge.json", "precision", ["--images-per-task", "2", "--compile", "off"]),
+])
+def test_a_flipped_bit_in_a_result_is_refused_or_warned_about_but_never_a_traceback(copy, capsys, file, name, words):
+    path, sound = copy / file, (copy / file).read_bytes()
+    for damaged in flips(sound):
+        path.write_bytes(damaged)
+        capsys.readouterr()
+        try:
+            perform(name, "tiny", "--runs", copy, *words)
+            refused = ""
+        except files.Refused as refusal:
+            refused = str(refusal)
+        assert path.name in refused or f"warning: {path} is not as it was written" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("edit", [*JSON_EDITS, "a number changed", "a row taken out"])
-def test_results_edited_by_hand_are_refused(copy, edit):
+def test_no_flipped_bit_in_a_result_changes_a_value_silently(study, tmp_path, capsys):
+    sound, path = (study / "tiny/aligned/finetune.json").read_bytes(), tmp_path / "finetune.json"
+    values, rng = json.loads(sound), np.random.default_rng(0)
+    outcomes = {"refused": 0, "warned": 0, "same": 0}
+    for place in rng.choice(len(sound), 400, replace=False):
+        damaged = bytearray(sound)
+        damaged[place] ^= 1 << int(rng.integers(0, 8))
+        path.write_bytes(damaged)
+        try:
+            found = files.read_json(path, "finetune.py")
+        except files.Refused as refusal:
+            assert str(path) in str(refusal)
+            outcomes["refused"] += 1
+            continue
+        warned = f"warning: {path} is not as it was written" in capsys.readouterr().err
+        assert warned or found == {key: value for key, value in values.items() if key != "checksum"}
+        outcomes["warned" if warned else "same"] += 1
+    assert outcomes["refused"] > 50 and outcomes["warned"] > 50, outcomes
+
+
+JSON_DAMAGE = {"not JSON": b"{", "a list": b"[]", "a number": b"3", "nothing": b"", "no config": b"{}", "bytes": b"\xff\xfe",
+               "other keys": b'{"config": {}, "command": ""}',
+               "kinds": b'{"config": {}, "command": 3, "machine": {}}'}
+
+
+@pytest.mark.parametrize("damage", JSON_DAMAGE)
+def test_what_is_no_result_is_refused(copy, damage):
+    path = hurt(copy, "tiny/aligned/finetune.json", "merge_eval")
+    path.write_bytes(JSON_DAMAGE[damage])
+    before = snapshot(copy)
+    assert "finetune.json" in refuse("merge_eval", "tiny", "--runs", copy, *ALL_TASKS)
+    assert snapshot(copy) == before
+
+
+def test_a_result_edited_by_hand_is_used_with_a_warning(copy, capsys):
     path = hurt(copy, "tiny/aligned/finetune.json", "merge_eval")
     result = json.loads(path.read_text())
-    if edit == "a number changed":
-        result["tasks"]["signs"]["test"] = 0.99
-    elif edit == "a row taken out":
-        del result["tasks"]["signs"]
-    content = JSON_EDITS.get(edit, json.dumps(result))
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert "finetune.json" in refuse("merge_eval", "tiny", "--runs", copy, "--tasks", ",".join(TASKS))
+    result["tasks"]["signs"]["test"] = 0.99
+    path.write_text(json.dumps(result))
+    perform("merge_eval", "tiny", "--runs", copy, *ALL_TASKS, "--lambdas", "2")
+    said = capsys.readouterr().err
+    assert f"warning: {path} is not as it was written" in said and "edited by hand" in said
+    assert json.loads((copy / RESULT["merge_eval"]).read_text())["single_task"]["signs"] == 0.99
+    del result["tasks"]["signs"]
+    path.write_text(json.dumps(result))
+    assert "finetune.json lacks signs" in refuse("merge_eval", "tiny", "--runs", copy, *ALL_TASKS)
+    assert "edited by hand" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------- checkpoints
+def test_a_flipped_byte_in_a_training_state_is_refused(copy, monkeypatch):
+    """Stopped in step 3 with its state saved; the sound state is gone on with."""
+    import finetune
+    words = ["tiny", "--runs", copy, "--tasks", "signs", "--steps", "5", "--batch-size", "8", "--lr", "1e-3",
+             "--name", "stopped", "--save-minutes", "1e-9"]
+    rate, asked = finetune.learning_rate, []
+
+    def stopping(step, steps, peak):
+        asked.append(step)
+        if step == stop:
+            raise KeyboardInterrupt
+        return rate(step, steps, peak)
+
+    monkeypatch.setattr(finetune, "learning_rate", stopping)
+    stop = 3
+    with pytest.raises(KeyboardInterrupt):
+        perform("finetune", *words)
+    [state] = (copy / "tiny/stopped/state").glob("signs-*.state")
+    sound = state.read_bytes()
+    for damaged in [*flips(sound), sound[:len(sound) // 2], b""]:
+        state.write_bytes(damaged)
+        before = snapshot(copy)
+        said = refuse("finetune", *words)
+        assert str(state) in said and "checksum" in said
+        assert snapshot(copy) == before
+    state.write_bytes(sound)
+    stop, asked[:] = None, []
+    perform("finetune", *words)
+    assert asked == [3, 4] and not state.exists()
+
+
+# --------------------------------------------------------------------------------------- checkpoints
 
 
 def test_checkpoints(tmp_path):
     """No code of a checkpoint runs, half precision is read, everything else is refused."""
     import timm
-    good = timm.create_model("vit_tiny_patch16_224").state_dict()
+    good, runs = timm.create_model("vit_tiny_patch16_224").state_dict(), tmp_path / "runs"
+    first_rows = {key: tensor[:1].clone() if tensor.ndim else tensor for key, tensor in good.items()}
+    not_finite = good | {"blocks.3.norm1.weight": torch.full((192,), float("inf"))}
     torch.save({"state_dict": good, "extra": print}, tmp_path / "pickled.pth")
     torch.save(timm.create_model("vit_tiny_patch16_224"), tmp_path / "module.pth")
-    save_file({key: tensor[:1].clone() if tensor.ndim else tensor for key, tensor in good.items()}, tmp_path / "shapes.safetensors")
+    save_file(first_rows, tmp_path / "shapes.safetensors")
     save_file({f"model.{key}": tensor for key, tensor in good.items()}, tmp_path / "prefix.safetensors")
-    save_file(good | {"blocks.3.norm1.weight": torch.full((192,), float("inf"))}, tmp_path / "inf.safetensors")
+    save_file(not_finite, tmp_path / "inf.safetensors")
     (tmp_path / "page.pth").write_text("<html>404</html>")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "inf.safetensors").read_bytes()[:1000])
     (tmp_path / "folder.safetensors").mkdir()
-    for name in ("pickled.pth", "module.pth", "shapes.safetensors", "prefix.safetensors", "inf.safetensors", "page.pth", "cut.safetensors", "folder.safetensors"):
-        said = refuse("probe", TIMM, "--weights", tmp_path / name, "--runs", tmp_path / "runs", "--tasks", "glyphs")
+    for name in ("pickled.pth", "module.pth", "shapes.safetensors", "prefix.safetensors", "inf.safetensors",
+                 "page.pth", "cut.safetensors", "folder.safetensors"):
+        said = refuse("probe", TIMM, "--weights", tmp_path / name, "--runs", runs, "--tasks", "glyphs")
         assert name in said or "is no checkpoint" in said
-        assert not (tmp_path / "runs").exists() or not snapshot(tmp_path / "runs")
-    save_file({key: tensor.half() for key, tensor in good.items()}, tmp_path / "half.safetensors")
-    args = common.stage_parser("").parse_args([TIMM, "--weights", str(tmp_path / "half.safetensors"), "--runs", str(tmp_path / "half")])
-    assert {tensor.dtype for tensor in encoders.weights_of(encoders.load_encoder(args).module).values()} == {torch.float32}
+        assert not runs.exists() or not snapshot(runs)
+    half = tmp_path / "half.safetensors"
+    save_file({key: tensor.half() for key, tensor in good.items()}, half)
+    module = encoders.load_encoder(TIMM, tmp_path / "half", half).module
+    assert {tensor.dtype for tensor in encoders.weights_of(module).values()} == {torch.float32}
 
 
-# ---------------------------------------------------------------------------------------------- a full disk
+# --------------------------------------------------------------------------------------- disks
 
 
 @pytest.mark.parametrize("call", range(1, 13, 2))
 def test_a_full_disk_at_any_write_ends_in_one_line_and_the_next_run_finishes(copy, monkeypatch, capsys, call):
     """ENOSPC at the n-th flush to disk of finetune, make_vectors and merge_eval, run from the heads on."""
-    import errno
-    import os
-    import sys
     shutil.rmtree(copy / "tiny/aligned")
     flush, calls = os.fsync, itertools.count(1)
+    stages = {"finetune": ["--steps", "1", "--batch-size", "8", "--lr", "1e-3"], "make_vectors": [],
+              "merge_eval": ["--lambdas", "2"]}
 
     def full(descriptor):
         if next(calls) == call:
             raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
         flush(descriptor)
 
-    def stages():
-        for name, words in (("finetune", ["--steps", "1", "--batch-size", "8", "--lr", "1e-3"]), ("make_vectors", []), ("merge_eval", ["--lambdas", "2"])):
-            monkeypatch.setattr(sys, "argv", [f"{name}.py", "tiny", "--runs", str(copy), "--tasks", ",".join(TASKS[:2]), *words])
+    def run_stages():
+        for name, words in stages.items():
+            shared = ["tiny", "--runs", str(copy), "--tasks", ",".join(TASKS[:2])]
+            monkeypatch.setattr(sys, "argv", [f"{name}.py", *shared, *words])
             module = importlib.import_module(name)
-            files.run(module.main, module.parse_args)
+            with as_a_process():
+                study_module.run(module.main, module.parse_args)
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(SystemExit) as left:
-        stages()
+        run_stages()
     assert left.value.code == 2 and "No space left" in capsys.readouterr().err
     assert not list(copy.rglob("*.tmp"))
     monkeypatch.setattr(os, "fsync", flush)
-    stages()
+    run_stages()
     assert "test" in files.read_json(copy / "tiny/aligned/merge.json", "")
 
 
 def test_what_does_not_fit_is_refused_before_it_starts(copy, monkeypatch):
     shutil.rmtree(copy / "tiny/aligned")
-    before = snapshot(copy)
+    words = ["tiny", "--runs", copy, *ALL_TASKS, *STAGES["finetune"]]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10 ** 6))
-    assert "which has 0.00 GB free" in refuse("finetune", "tiny", "--runs", copy, "--tasks", ",".join(TASKS), *STAGES["finetune"])
-    assert snapshot(copy) == before
+    assert "which has 0.00 GB free" in refuse("finetune", *words)
+    left = [path for path in (copy / "tiny/aligned").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert left == []

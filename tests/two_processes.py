@@ -1,24 +1,27 @@
-"""`torchrun --nproc-per-node 2 tests/two_processes.py RUNS`: the heavy stages, one after another, dealt out to two processes."""
+"""`torchrun --nproc-per-node 2 tests/two_processes.py RUNS`: the heavy stages, one after another, on two processes."""
 import importlib
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import files
-import ranks
+from lib import ranks
+from lib.study import run
 
 SHARED = ["tiny", "--tasks", "glyphs,signs", "--runs"]
-STAGES = [("probe", ["--probe-steps", "40", "--overwrite"]), ("finetune", ["--steps", "8", "--batch-size", "32", "--recipe", "full"]),
-          ("make_vectors", ["--recipe", "full"]), ("merge_eval", ["--recipe", "full", "--lambdas", "8"]), ("merge_eval", ["--recipe", "full", "--subsets", "1", "--lambdas", "3", "--images-per-task", "50"]),
-          ("disentangle", ["--recipe", "full", "--points", "3", "--samples", "100"])]
+FULL = ["--name", "full"]
+STAGES = [("probe", ["--probe-steps", "40", "--overwrite"]),
+          ("finetune", ["--steps", "8", "--batch-size", "32", "--recipe", "full"]),
+          ("make_vectors", FULL), ("merge_eval", [*FULL, "--lambdas", "8"]),
+          ("subsets", [*FULL, "--per-size", "1", "--lambdas", "3", "--images-per-task", "50"]),
+          ("disentangle", [*FULL, "--points", "3", "--samples", "100"])]
 
 
 def main(runs):
     for name, words in STAGES:
         stage = importlib.import_module(name)
         stage.main(stage.parse_args([*SHARED, runs, *words]))
-        ranks.wait()                                                       # as at the end of a torchrun: rank 0 has written everything
+        ranks.wait()                                       # as at the end of a torchrun: rank 0 has written all
 
 
 if __name__ == "__main__":
-    files.run(main, lambda: sys.argv[1])
+    run(main, lambda: sys.argv[1])

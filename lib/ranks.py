@@ -1,8 +1,8 @@
 """
-Several processes on one study: `torchrun --nproc-per-node N STAGE.py ENCODER ...`, on one machine or on several that share runs/.
+Several processes on one study: `torchrun --nproc-per-node N STAGE.py ENCODER ...`, on machines sharing runs/.
 
-The evaluator deals out weight settings or batches, finetune.py tasks and learning rates; rank 0 writes the results, and they are
-those of one process. A process on its own passes through all of this without a trace.
+The evaluator deals out weight settings or batches, finetune.py tasks and learning rates; rank 0 writes the
+results, and they are those of one process. A process on its own passes through all of this without a trace.
 """
 import contextlib
 import datetime
@@ -31,7 +31,8 @@ def join():
     if world() > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank() % torch.cuda.device_count())
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=12))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))
 
 
 def wait():

@@ -1,0 +1,158 @@
+"""
+What a machine can do: device, dtype, whether compiling pays, memory and disk.
+"""
+import importlib.metadata
+import os
+import platform
+import re
+import resource
+import shutil
+from pathlib import Path
+
+import torch
+
+from lib import ranks
+from lib.files import Refused
+
+
+def pick_device(name):
+    """torch.device for --device, each process of torchrun its own GPU; Refused if unknown or not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and ranks.world() > 1:
+        name = f"cuda:{torch.cuda.current_device()}"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise Refused(f"--device {name} is not usable here ({reason}); try --device cpu") from error
+    return device
+
+
+def pick_dtype(name, device):
+    """(dtype, reason) of the forward pass: bf16 where the hardware multiplies matrices in it, else fp32."""
+    if name != "auto":
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[name], f"--dtype {name}"
+    if device.type == "cuda":
+        has_bf16, unit = torch.cuda.is_bf16_supported(including_emulation=False), "bf16 tensor cores"
+    elif device.type == "cpu":
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        unit = "AMX or AVX512-bf16"
+    else:
+        has_bf16, unit = False, "measured bf16 units"
+    return ((torch.bfloat16, f"{device.type} with {unit}") if has_bf16
+            else (torch.float32, f"{device.type} without {unit}"))
+
+
+COMPILE_FLOPS = {"cpu": 2e13, "cuda": 5e15}
+
+
+def compile_pays(mode, device, encoder, images):
+    """(whether to torch.compile the encoder, why).
+
+    `auto` compiles where the forward work ahead is long against compiling. Compiling a 12-block ViT took
+    22 s on two CPU cores and then made each forward pass 16 to 27 % faster, so `auto` asks for COMPILE_FLOPS
+    of work, about three minutes there; on a GPU for about as many seconds as compiling takes.
+    """
+    if mode == "off":
+        return False, "--compile off"
+    if device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++") or os.environ.get("CXX")):
+        return False, "no C++ compiler here"
+    if device.type == "mps":
+        return False, "not compiled on mps"
+    if mode == "on":
+        return True, "--compile on"
+    work, enough = images * forward_flops(encoder), COMPILE_FLOPS[device.type]
+    return work >= enough, f"{work:.1e} FLOP ahead, compiling pays from {enough:.0e}"
+
+
+def forward_flops(encoder):
+    """Floating-point operations of one input's forward pass (2 per multiply-add)."""
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        encoder.module(encoder.example(1))
+    return counter.get_total_flops()
+
+
+def evaluation_batch(forward, encoder, device, dtype):
+    """Inputs per evaluated batch.
+
+    32 on a CPU, where a batch should fit the caches; on a GPU the largest power of two up to 512 whose
+    activations, measured on eight inputs, take at most a quarter of the free memory.
+    """
+    if device.type != "cuda":
+        return 32
+    inputs, batch = encoder.example(8).to(device), 512
+    inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    with torch.inference_mode():
+        forward(inputs)
+    each = (torch.cuda.max_memory_allocated(device) - before) / len(inputs)
+    while batch > 8 and batch * each > torch.cuda.mem_get_info(device)[0] / 4:
+        batch //= 2
+    return batch
+
+
+# --------------------------------------------------------------------------------------- memory and disk
+
+
+def reset_peak_memory(device):
+    """Start peak_memory anew. On a CPU Linux can do so; elsewhere it stays the process's whole life."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device):
+    """Peak bytes since reset_peak_memory: of a GPU's allocator, or of the resident process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():    # not ru_maxrss, which a process inherits from its parent
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss    # bytes on macOS
+
+
+def make_room(folder, need, what):
+    """Say what is to be written under `folder` (bytes) and what is free there; Refused if it does not fit."""
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    print(f"disk: up to {need / 1e9:.2f} GB of {what} under {folder}, {free / 1e9:.0f} GB free", flush=True)
+    if need > free:
+        raise Refused(f"{what} need {need / 1e9:.2f} GB under {folder}, which has {free / 1e9:.2f} GB free")
+
+
+def check_memory(device, need, what):
+    """Refused where `what` needs more bytes than the device or this machine has left; said where it fits."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif Path("/proc/meminfo").exists():
+        free = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
+    else:
+        return
+    print(f"memory: {what} need {need / 1e9:.2f} GB and their activations, {free / 1e9:.0f} GB free",
+          flush=True)
+    if need > free:
+        raise Refused(f"{what} need {need / 1e9:.2f} GB, {device} has {free / 1e9:.2f} GB free: "
+                      f"leave out the largest tasks, or give another --device")
+
+
+def describe_machine(device):
+    """{"device", "threads", "processes", library versions}: where a number was made."""
+    name = f"{platform.machine()} {cpu_name()}"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {"device": name, "threads": torch.get_num_threads(), "processes": ranks.world(),
+            "python": platform.python_version(), "torch": torch.__version__,
+            "timm": importlib.metadata.version("timm")}
+
+
+def cpu_name():
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return names[0].strip() if names else platform.processor()

@@ -1,0 +1,257 @@
+"""
+Vision encoders: the eight of the paper by name, `tiny`, and any other through timm or open_clip.
+
+    encoder = load_encoder("vit_b16_dino", runs, weights=None, image_size=None)
+
+theta_pre is fetched once, checked, and kept in runs/ENCODER/pretrained.safetensors with a description of all
+that later stages need: architecture, input, feature width, text tower, and the settings that stages take from
+it as defaults.
+"""
+import difflib
+import hashlib
+import re
+from dataclasses import dataclass
+
+import torch
+
+from lib import images, ranks
+from lib.files import Refused, load_tensors, save_tensors
+from lib.hub import checked_download, go_offline_if_unreachable
+
+CLIP_400M_FILE = ("laion/scaling-laws-openclip", "Model-B-16_Data-400M_Samples-34B_lr-1e-3_bs-88k.pt")
+ENCODERS = {
+    "tiny": None,                                           # trained by pretrain.py
+    "vit_b16_sup_in21k": "timm:vit_base_patch16_224.augreg_in21k",
+    "vit_b16_sup_in1k": "timm:vit_base_patch16_224.augreg_in1k",
+    "vit_b16_mae": "timm:vit_base_patch16_224.mae",
+    "vit_b16_dino": "timm:vit_base_patch16_224.dino",
+    # the architecture of CLIP_400M_FILE's weights
+    "vit_b16_clip_laion400m": "timm:vit_base_patch16_clip_224.laion2b",
+    "vit_b16_clip_laion2b": "timm:vit_base_patch16_clip_224.laion2b",
+    "vit_l16_sup_in21k": "timm:vit_large_patch16_224.orig_in21k",
+    "vit_l14_clip_laion2b": "timm:vit_large_patch14_clip_224.laion2b",
+}
+TEXT_TOWERS = {
+    "vit_b16_clip_laion400m": "open_clip:ViT-B-16/",        # with CLIP_400M_FILE
+    "vit_b16_clip_laion2b": "open_clip:ViT-B-16/laion2b_s34b_b88k",
+    "vit_l14_clip_laion2b": "open_clip:ViT-L-14/laion2b_s32b_b82k",
+}
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """An image encoder with its input.
+
+    What is stored becomes what the module takes by `prepare`, in training by `augment`.
+    """
+    name: str
+    module: torch.nn.Module  # (B, 3, S, S) normalised -> (B, D)
+    size: int                # S, pixels
+    mean: tuple              # of pixels in [0, 1], per channel
+    std: tuple
+    side: int                # of the square a picture is resized to before the centre S x S is taken, pixels
+    width: int               # D, the length of a feature
+    fingerprint: str         # of theta_pre
+    description: dict        # all that pretrained.safetensors says of it
+
+    def prepare(self, stored):
+        """(N, 3, s, s) uint8 on its device -> (N, 3, S, S) float32, resized, centre-cropped, normalised."""
+        return images.normalise(images.fit(stored, self.size, self.side), self.mean, self.std)
+
+    def augment(self, stored, generator):
+        """(B, 3, s, s) uint8 on its device -> (B, 3, S, S) float32, each a random crop, normalised."""
+        return images.normalise(images.random_resized_crop(stored, self.size, generator), self.mean, self.std)
+
+    def example(self, n):
+        """Input of the right shape and dtype for the module, n of them."""
+        return torch.zeros(n, 3, self.size, self.size)
+
+    def store(self, name, encoded, folder):
+        """A data set's undecoded input columns {split: column}, decoded once to be kept: see images.store."""
+        return images.store(name, encoded, self.side, folder)
+
+    input_column = staticmethod(images.input_column)
+
+
+def describe(module, architecture, size, mean, std, crop_pct, **more):
+    """The description of an encoder's file; evaluation resizes to size / crop_pct and takes the centre."""
+    with torch.no_grad():
+        width = module(torch.zeros(1, 3, size, size, device=next(module.parameters()).device)).shape[1]
+    return {"architecture": architecture, "size": size, "mean": list(mean), "std": list(std), "width": width,
+            "side": int(size / crop_pct), "text_tower": None, "tasks": None, "defaults": {}} | more
+
+
+def as_encoder(module, description, fingerprint=""):
+    """The Encoder that a description and a module make."""
+    own = {key: description[key] for key in ("size", "side", "width")}
+    statistics = {key: tuple(description[key]) for key in ("mean", "std")}
+    return Encoder(description["encoder"], module, **own, **statistics, fingerprint=fingerprint,
+                   description=description)
+
+
+# --------------------------------------------------------------------------------------- theta_pre in runs/
+
+
+def run_folder(runs, name):
+    """runs/ENCODER for this encoder; `:` and `/` in the name become `_`. Refused if unknown.
+
+    Known are ENCODERS, timm:NAME, open_clip:ARCH/TAG, and folders of runs/ with a pretrained.safetensors.
+    """
+    sound = re.fullmatch(r"(timm:|open_clip:)?[A-Za-z0-9_][A-Za-z0-9_.\-/]*", name) and ".." not in name
+    folder = runs / re.sub("[:/]", "_", name)
+    if sound and (name in ENCODERS or ":" in name or (folder / "pretrained.safetensors").exists()):
+        return folder
+    raise Refused(f"unknown encoder {name!r}{near(name, ENCODERS, 0.4)} (known: {', '.join(ENCODERS)}; "
+                  f"any other as timm:NAME or open_clip:ARCH/TAG, and what pretrain.py has made)")
+
+
+def load_encoder(name, runs, weights=None, image_size=None):
+    """theta_pre from runs/ENCODER/pretrained.safetensors; made on first use from `weights` or the hub.
+
+    Returns  Encoder, module in eval mode, fp32, on the CPU
+    Errors   Refused: unknown name, unreachable hub, a file that is no checkpoint of this architecture,
+             weights or image size other than those runs/ENCODER was begun with
+    """
+    path = run_folder(runs, name) / "pretrained.safetensors"
+    source = file_sha256(weights) if weights else None
+    with ranks.first():
+        if not path.exists():
+            if name == "tiny":
+                raise Refused(f'{path} is missing: run "python pretrain.py tiny" first')
+            module, description = build_pretrained(name, weights, image_size)
+            save_encoder(path, module, description, source)
+    theta, description = load_tensors(path, f"python probe.py {name}", encoder=name)
+    if source and source != description["source"]:
+        raise Refused(f"{path} was not made from --weights {weights} (SHA-256 {source[:12]}): "
+                      f"use another --runs")
+    if image_size and image_size != description["size"]:
+        raise Refused(f"{path} is for images of {description['size']} pixels, not {image_size}: "
+                      f"use another --runs")
+    module = build_architecture(description["architecture"])
+    module.load_state_dict(theta, strict=True)
+    return as_encoder(module.eval(), description, description["sha256"])
+
+
+def save_encoder(path, module, description, source=None):
+    """Write theta_pre and what is needed to build its module again."""
+    save_tensors(path, module.state_dict(), **description, source=source)
+
+
+def file_sha256(path):
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise Refused(f"--weights {path} cannot be read ({error.strerror})") from error
+
+
+def weights_of(module):
+    """{name: tensor} of all that a task vector covers: parameters and floating-point buffers, not copied."""
+    return {name: tensor for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
+
+
+# --------------------------------------------------------------------------------------- timm and open_clip
+
+
+def text_tower(name):
+    """The open_clip model whose image tower an encoder is, as open_clip:ARCH/TAG; None if there is none."""
+    return name if name.startswith("open_clip:") else TEXT_TOWERS.get(name)
+
+
+def build_architecture(architecture):
+    """The module of a description {"library", "name", "kwargs"}, randomly initialised."""
+    if architecture["library"] == "timm":
+        import timm
+        return timm.create_model(architecture["name"], pretrained=False, **architecture["kwargs"])
+    import open_clip
+    return open_clip.create_model(architecture["name"], pretrained=None, **architecture["kwargs"]).visual
+
+
+def build_pretrained(name, weights, image_size):
+    """(module with its pre-trained weights loaded strictly, description) for any name but tiny."""
+    library, _, model = (ENCODERS.get(name) or name).partition(":")
+    try:
+        if not weights:
+            go_offline_if_unreachable()
+        if library == "open_clip":
+            module, taken = build_open_clip(model, weights, image_size)
+        else:
+            module, taken = build_timm(model, checkpoint_file(name, weights), image_size)
+    except Refused:
+        raise
+    except Exception as error:  # the hub client and torch's unpickler raise many types
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
+        raise Refused(f"--weights {weights} is no checkpoint of {name} ({reason})" if weights else
+                      f"encoder {name} wants its checkpoint from the hub and could not get it ({reason}): "
+                      f"give it as a local file with --weights FILE") from error
+    module = module.eval()
+    try:
+        description = describe(module, **taken, encoder=name) | {"text_tower": text_tower(name)}
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise Refused(f"{name} does not take images of {taken['size']} pixels ({error}): "
+                      f"give another --image-size") from error
+    for key, tensor in module.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise Refused(f"{weights or name}: {key} holds values that are not finite")
+    return module.float(), description
+
+
+def checkpoint_file(name, weights):
+    """The file that holds an encoder's weights, where timm is not left to find them itself."""
+    if name == "vit_b16_clip_laion400m" and not weights:
+        return download_clip_400m()
+    return weights
+
+
+def download_clip_400m():
+    from huggingface_hub import hf_hub_download
+    with checked_download(CLIP_400M_FILE[0]):
+        return hf_hub_download(*CLIP_400M_FILE)
+
+
+def build_timm(name, file, image_size):
+    """(module, arguments of describe): a timm encoder whose feature is its pooled output.
+
+    CLIP image towers keep their projection to the joint space.
+    """
+    import timm
+    from timm.models import get_pretrained_cfg, is_model
+    if not is_model(name.partition(".")[0]):
+        raise Refused(f"unknown encoder timm:{name}{near(name.partition('.')[0], timm.list_models(), 0.6)}")
+    config = get_pretrained_cfg(name)
+    size = image_size or config.input_size[-1]
+    kwargs = {"img_size": size} if config.fixed_input_size and size != config.input_size[-1] else {}
+    overlay = {"pretrained_cfg_overlay": {"file": str(file)}} if file else {}
+    with checked_download(None if file else config.hf_hub_id):
+        module = timm.create_model(name, pretrained=True, **kwargs, **overlay)  # own classes: a strict load
+    if "_clip_" in name and "_ft_" not in name:
+        kwargs["num_classes"] = module.num_classes
+    else:
+        module.reset_classifier(0)
+        kwargs["num_classes"] = 0
+    return module, {"architecture": {"library": "timm", "name": name, "kwargs": kwargs}, "size": size,
+                    "mean": config.mean, "std": config.std, "crop_pct": config.crop_pct}
+
+
+def build_open_clip(name, weights, image_size):
+    """(module, arguments of describe): an open_clip image tower; ARCH/TAG, or ARCH and a file of weights."""
+    import open_clip
+    arch, _, tag = name.partition("/")
+    if arch not in open_clip.list_models():
+        raise Refused(f"unknown encoder open_clip:{name}{near(arch, open_clip.list_models(), 0.6)}")
+    kwargs = {"force_image_size": image_size} if image_size else {}
+    config = open_clip.get_pretrained_cfg(arch, tag)
+    if config.get("quick_gelu"):
+        kwargs["force_quick_gelu"] = True
+    with checked_download(None if weights else config.get("hf_hub")):
+        module = open_clip.create_model(arch, pretrained=str(weights) if weights else tag, **kwargs).visual
+    config = module.preprocess_cfg
+    size = config["size"] if isinstance(config["size"], int) else config["size"][0]
+    return module, {"architecture": {"library": "open_clip", "name": arch, "kwargs": kwargs}, "size": size,
+                    "mean": config["mean"], "std": config["std"], "crop_pct": 1.0}
+
+
+def near(word, known, cutoff):
+    """"; did you mean ...?" with what comes close to a word, or nothing."""
+    close = difflib.get_close_matches(word, known, n=3, cutoff=cutoff)
+    return f"; did you mean {' or '.join(close)}?" if close else ""

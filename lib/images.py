@@ -1,0 +1,140 @@
+"""
+Pictures: stored once as uint8 squares, prepared and augmented in batches on the device.
+
+Shapes: N pictures, B a batch, s pixels a side as stored, S pixels a side as the encoder takes them.
+"""
+import functools
+import io
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from lib.devices import make_room
+from lib.files import Refused
+from lib.progress import progress
+
+# --------------------------------------------------------------------------------------- decoding, once
+
+
+def input_column(features):
+    """The names of the image columns among a data set's features."""
+    import datasets
+    return [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
+
+
+def store(name, encoded, side, folder):
+    """Decode the undecoded image columns {"train", "test"} of a task into folder/SPLIT_inputs.npy.
+
+    Pictures of one small square size keep it, all others become the centre square at `side` pixels.
+    Returns  {split: (N, 3, s, s) uint8, memory-mapped}
+    Errors   Refused: a picture that cannot be decoded, named with its index; a full disk
+    """
+    native = one_small_square_size(encoded, side)
+    count = sum(len(cells) for cells in encoded.values())
+    make_room(folder.parent, count * 3 * (native or side) ** 2, f"decoded images of task {name}")
+    return {split: decode_split(name, split, cells, native, side, folder / f"{split}_inputs.npy")
+            for split, cells in encoded.items()}
+
+
+def open_image(cell):
+    """PIL image of an undecoded cell {"bytes", "path"}."""
+    from PIL import Image
+    return Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
+
+
+def one_small_square_size(encoded, side):
+    """The side of all images if square, alike and at most `side` pixels; else 0. Reads headers only."""
+    first = None
+    for cells in encoded.values():
+        for cell in cells:
+            try:
+                size = open_image(cell).size
+            except Exception:  # decode_split names the broken image; until then its set is like any other
+                return 0
+            first = first or size
+            if size != first or size[0] != size[1] or size[0] > side:
+                return 0
+    return first[0]
+
+
+def decode_split(name, split, cells, native, side, path):
+    """Decode `cells` in threads into .npy, (N, 3, s, s) uint8: the centre square, bicubic unless native."""
+    from PIL import Image
+    target = native or side
+
+    def decode(index, cell):
+        try:
+            image = open_image(cell).convert("RGB")
+        except Exception as error:  # pillow and its codecs raise many types on a broken file
+            reason = f"{type(error).__name__}: {error}"
+            message = f"task {name}: image {index} of split {split} cannot be decoded ({reason})"
+            raise Refused(message[:300]) from error
+        if not native:
+            width, height = image.size
+            square = min(width, height)
+            left, top = (width - square) / 2, (height - square) / 2
+            box = (left, top, left + square, top + square)
+            image = image.resize((target, target), Image.Resampling.BICUBIC, box=box)
+        return np.asarray(image).transpose(2, 0, 1)
+
+    shape = (len(cells), 3, target, target)
+    pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    with ThreadPoolExecutor() as pool, progress(len(cells), f"decode {name} {split}", "img") as bar:
+        for start in range(0, len(cells), 512):
+            block = cells[start:start + 512]
+            for offset, decoded in enumerate(pool.map(decode, range(start, start + len(block)), block)):
+                pixels[start + offset] = decoded
+            bar.update(len(block))
+    pixels.flush()
+    return pixels
+
+
+# --------------------------------------------------------------------------------------- on the device
+
+
+def fit(images, size, side):
+    """(N, 3, s, s) uint8 -> (N, 3, S, S) uint8: antialiased bicubic to `side`, then the centre S x S."""
+    from torchvision.transforms.v2 import InterpolationMode, functional
+    if images.shape[-1] != side:
+        images = functional.resize(images, [side, side], InterpolationMode.BICUBIC, antialias=True)
+    return functional.center_crop(images, [size, size])
+
+
+def normalise(images, mean, std):
+    """(B, 3, S, S) in [0, 255], any dtype, to float32 with an encoder's mean and deviation per channel."""
+    return (images.float() - on_device(mean, images.device)) / on_device(std, images.device)
+
+
+@functools.cache
+def on_device(channels, device):
+    """Three numbers in [0, 1] as a (3, 1, 1) tensor in [0, 255]; made once: a copy to a GPU waits for it."""
+    with torch.inference_mode(False):                       # evaluation and training share it
+        return torch.tensor(channels, device=device).view(3, 1, 1) * 255
+
+
+def random_resized_crop(images, size, generator):
+    """torchvision's RandomResizedCrop(size, scale=(.9, 1), ratio=(3/4, 4/3), bicubic) for a whole batch.
+
+    images   (B, 3, s, s) uint8, on the device that does the work
+    Returns  (B, 3, size, size) float32 in [0, 255]; every image its own box, all of it where ten draws miss
+    """
+    batch, device = len(images), images.device
+    uniform = torch.rand(4, 10, batch, device=device, generator=generator)
+    area = 0.9 + 0.1 * uniform[0]
+    ratio = torch.exp((2 * uniform[1] - 1) * np.log(4 / 3))
+    width, height = (area * ratio).sqrt(), (area / ratio).sqrt()    # (10, B), fractions of the side
+    fits = (width <= 1) & (height <= 1)
+    first = fits.float().argmax(0, keepdim=True)            # first draw that fits, as torchvision tries them
+    found = fits.any(0)
+    width = torch.where(found, width.gather(0, first)[0], 1.0)      # (B,)
+    height = torch.where(found, height.gather(0, first)[0], 1.0)
+    left = uniform[2, 0] * (1 - width)
+    top = uniform[3, 0] * (1 - height)
+    box = torch.zeros(batch, 2, 3, device=device)
+    box[:, 0, 0], box[:, 0, 2] = width, 2 * left + width - 1
+    box[:, 1, 1], box[:, 1, 2] = height, 2 * top + height - 1
+    grid = F.affine_grid(box, [batch, 3, size, size], align_corners=False)
+    crops = F.grid_sample(images.float(), grid, mode="bicubic", padding_mode="border", align_corners=False)
+    return crops.clamp(0, 255)

@@ -1,0 +1,91 @@
+"""
+The encoder's first-order Taylor expansion at theta_pre: f(x; theta_pre) + J(x) tau, trained and evaluated.
+
+    forward = linearized.forward(module, encoder, device)    # inputs -> (B, D), tau = module's - theta_pre
+    evaluator = linearized.LinearizedEvaluator(encoder, device, dtype)    # in place of common.Evaluator
+
+J tau is one forward-mode derivative (torch.func.jvp). It is linear in tau, so that one pass per input and
+vector answers every lambda, every subset and every cell of a heat map by a few additions.
+Source  arXiv:2305.12827 (Ortiz-Jimenez et al.); arXiv:2407.07089 section 3
+"""
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from common import Evaluator
+from lib import ranks
+from lib.encoders import weights_of
+
+
+def expand(module, theta, tau, inputs):
+    """(f(x; theta), J(x) tau), each (B, D).
+
+    theta, tau   {name: tensor}; names that tau lacks do not move. Fused attention has no forward-mode
+                 derivative: the plain one is used
+    """
+    fixed = {name: tensor for name, tensor in theta.items() if name not in tau}
+    moved = {name: theta[name] for name in tau}
+
+    def features(weights):
+        return torch.func.functional_call(module, fixed | weights, (inputs,))
+
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.func.jvp(features, (moved,), (tau,))
+
+
+def forward(module, encoder, device):
+    """The function that finetune.py trains: the module holds theta_t, what moves is theta_t - theta_pre."""
+    theta_pre = {name: tensor.to(device) for name, tensor in weights_of(encoder.module).items()}
+
+    def linear(inputs):
+        tau = {name: parameter - theta_pre[name] for name, parameter in module.named_parameters()}
+        features, tangent = expand(module, theta_pre, tau, inputs)
+        return features + tangent
+
+    return linear
+
+
+class LinearizedEvaluator(Evaluator):
+    """common.Evaluator for f(x; theta_pre) + sum_t c_t J(x) tau_t.
+
+    One derivative per input and vector, kept until the vectors change, answers any number of settings.
+    """
+
+    def use_vectors(self, vectors):
+        self.vectors = []
+        for vector in vectors:
+            self.vectors.append({name: tensor.to(self.device, self.dtype) for name, tensor in vector.items()})
+        self.known = {}                                     # split: f and each J tau, (1 + T, N, D) float32
+
+    def stream(self, splits, settings):
+        if not self.vectors:                                # theta_pre alone
+            yield from super().stream(splits, settings)
+            return
+        missing = [split for split in splits if split not in self.known]
+        if missing:
+            self.known |= zip(missing, self.gathered(self.expansions(missing), missing))
+        start = 0
+        for split in splits:
+            value, *tangents = self.known[split]
+            for k, coefficients in enumerate(settings):
+                own = self.share(k, len(settings), len(split))
+                features = value[own.start:own.stop]
+                for coefficient, tangent in zip(coefficients, tangents, strict=len(coefficients) > 0):
+                    features = features + float(coefficient) * tangent[own.start:own.stop]
+                yield k, start + own.start, features.to(self.dtype)
+            start += len(split)
+
+    def expansions(self, splits):
+        """(1 + T, N, D): f and every J tau of the stream of splits, this process's share of it."""
+        total, batch = sum(len(split) for split in splits), self.batch_size
+        terms = torch.zeros(1 + len(self.vectors), total, self.encoder.width, device=self.device)
+        for begin, inputs in self.chunks(splits):
+            batches = len(inputs) // batch
+            for i in range(batches * self.rank // self.world, batches * (self.rank + 1) // self.world):
+                first = begin + i * batch
+                last = min(first + batch, total)
+                for t, vector in enumerate(self.vectors, 1):
+                    value, tangent = expand(self.module, self.slots, vector,
+                                            inputs[i * batch:(i + 1) * batch])
+                    terms[t, first:last] = tangent[:last - first].float()
+                terms[0, first:last] = value[:last - first].float()
+        return terms

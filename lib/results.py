@@ -1,0 +1,306 @@
+"""
+Results of stages: JSON files that remember their settings, what they were made of, and the code behind them.
+
+Training is protected: other settings ask for --name or --overwrite. An analysis always runs; what it replaces
+is kept in earlier/, under its date. Killed anywhere, the same command goes on.
+"""
+import contextlib
+import datetime
+import errno
+import json
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import filelock
+
+from lib import ranks
+from lib.code import code_of
+from lib.devices import describe_machine
+from lib.files import Refused, checksum, file_metadata, read_json, short, write_json
+
+WHOLE = ""  # the one row of a result that is not made row by row
+
+
+class Result:
+    """One JSON file of a stage: whole, or filled row by row, also by several processes.
+
+    path        the file
+    config      every setting that changes the numbers
+    inputs      what it is made of: fingerprints, or with `key` {row: fingerprints of what it is made of}
+    key         where the rows are, "tasks" or "pairs"; None for a result that is made as a whole
+    files       function of a row's name: the pictures, arrays and weights that are set aside with it
+    weights     function of a row's name: the safetensors files without which it is not made; their
+                fingerprints stand in the row
+    protected   refuse other settings, and rows of another script beside old ones, unless --overwrite is given
+
+    values      what stands in the file, for the stage to add to
+    todo        the rows that are to be made, or [WHOLE]; empty: nothing to do, which has been said
+    """
+
+    def __init__(self, path, config, inputs, script, device, overwrite, key=None,
+                 files=lambda row: [], weights=lambda row: [], protected=False):
+        self.path, self.key, self.overwrite, self.protected = path, key, overwrite, protected
+        self.config = jsonable(config if key else config | inputs)
+        self.inputs = jsonable(inputs) if key else {WHOLE: {}}
+        self.files, self.weights = files, weights
+        self.stage = Path(script).stem
+        self.aside = None                    # the folder in earlier/ that takes what this run replaces
+        self.code = code_of(Path(script))
+        self.version = checksum(self.code)[:12]            # a result's code, in short
+        self.provenance = provenance(device)
+        if ranks.rank() == 0:
+            self.claims = [claim(path, self.row_name(row)) for row in self.inputs]
+        ranks.wait()
+        there = read_json(path, "the same command") if path.exists() else {}
+        differ = differences(there.get("config", {}), self.config) if there else []
+        if differ and protected and not overwrite:
+            raise Refused(f"{path} holds a result of other settings ({'; '.join(differ)}): "
+                          f"give --name to keep both, or --overwrite to replace it")
+        self.values = {} if differ else there
+        self.check_inputs()
+        older = [row for row in self.inputs if row in self.rows and self.made_by(row) != self.version]
+        self.todo = [row for row in self.inputs if overwrite or not self.is_made(row)]
+        self.say(there, differ, older)
+        if overwrite:
+            self.start_anew()
+        elif not key and self.todo:
+            self.values = {}
+        for row in self.inputs:
+            if row not in self.todo:
+                self.forget(row)                           # killed between its last two writes
+
+    @property
+    def rows(self):
+        """{row: its values}; of a result without rows, itself where it is there."""
+        if self.key:
+            return self.values.setdefault(self.key, {})
+        return {WHOLE: self.values} if self.values else {}
+
+    def check_inputs(self):
+        """Refused where a protected row was made of something else than is there now."""
+        for row, inputs in self.inputs.items():
+            made_of = self.rows[row].get("made_of", inputs) if row in self.rows else inputs
+            if self.protected and not self.overwrite and made_of != inputs:
+                raise Refused(f"{self.path}: {row} was made of other inputs "
+                              f"({'; '.join(differences(made_of, inputs))}): "
+                              f"give --name to keep both, or --overwrite to replace it")
+
+    def made_by(self, row):
+        """The version of the code that made a row."""
+        return self.rows[row].get("version")
+
+    def is_made(self, row):
+        """Whether a row is there, its files as written, of the same inputs (an analysis: and same code)."""
+        values = self.rows.get(row)
+        if values is None or values.get("made_of", {}) != self.inputs[row]:
+            return False
+        if not self.protected and self.made_by(row) != self.version:
+            return False
+        return values.get("weights_sha256", []) == self.fingerprints(row)
+
+    def fingerprints(self, row):
+        """The SHA-256 of a row's weights as they are on disk, None for a file that is not there."""
+        found = []
+        for path in self.weights(row):
+            found.append(file_metadata(path, "the same command")["sha256"] if path.exists() else None)
+        return found
+
+    def say(self, there, differ, older):
+        """Say what is skipped, what is made anew and why, and what has changed since."""
+        command = f"python {self.stage}.py {self.config['encoder']}"
+        changed = self.changed_files(there, older)
+        if self.overwrite or not there:
+            return
+        if self.protected and older and f"{self.stage}.py" not in self.makers(there, older):
+            makers = " and ".join(self.makers(there, older))
+            raise Refused(f"{self.path} was made by {makers}, not by {self.stage}.py: "
+                          f"give --name to put yours beside it, or --overwrite to replace it")
+        if self.protected and older:
+            remedy = f'"{command} --overwrite" makes it again with today\'s, --name NEW beside it'
+            if self.todo and f"{self.stage}.py" in changed:
+                raise Refused(f"{self.path} was made before {', '.join(changed)} changed, and "
+                              f"{', '.join(self.todo)} would stand beside it: {remedy}")
+            print(f"{self.stage}: {self.path} was made before {', '.join(changed)} changed: {remedy}",
+                  flush=True)
+        elif not self.todo:
+            what = f" has all {len(self.inputs)} {self.key}" if self.key else " is there"
+            print(f"{self.stage}: {self.path}{what}, nothing to do (--overwrite to redo)", flush=True)
+        elif differ or older:
+            why = "; ".join(differ) or f"{', '.join(changed)} changed since"
+            print(f"{self.stage}: {self.path} is made anew ({why}); "
+                  f"what it replaces is kept in {self.earlier}/", flush=True)
+
+    def makers(self, there, rows):
+        """The scripts that made some rows."""
+        files = set()
+        for row in rows:
+            files |= set(there["code"][self.made_by(row)])
+        return sorted(file for file in files if "/" not in file and file != "common.py")
+
+    def changed_files(self, there, rows):
+        """The files whose code is not that which made some rows."""
+        changed = set()
+        for row in rows:
+            before = there.get("code", {}).get(self.made_by(row), {})
+            changed |= {file for file in before | self.code if before.get(file) != self.code.get(file)}
+        return sorted(changed)
+
+    def start_anew(self):
+        """Forget what --overwrite replaces: the rows asked for, and what all rows share.
+
+        Other rows of this code stay.
+        """
+        kept = {}
+        for row, values in self.rows.items():
+            if row not in self.inputs and values.get("version") == self.version:
+                kept[row] = values
+        self.values = {self.key: kept} if self.key else {}
+        for row in self.todo:
+            self.forget(row)
+
+    @contextlib.contextmanager
+    def saving(self, row=WHOLE):
+        """Around writing a row's files and values: what they replace is set aside, the JSON comes last.
+
+        Rows that other processes have written meanwhile are kept. Of torchrun's processes rank 0 writes.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(self.path) if ranks.rank() == 0 else contextlib.nullcontext():
+            there = read_json(self.path, "the same command") if self.path.exists() else {}
+            if not self.protected and not self.overwrite and ranks.rank() == 0:
+                self.set_aside(there, row)
+            yield
+            if row in self.rows or not self.key:
+                about = {"version": self.version, "made_of": self.inputs[row],
+                         "weights_sha256": self.fingerprints(row)}
+                (self.rows[row] if self.key else self.values).update(about)
+            same = there.get("config") == self.config and self.key
+            for other, values in there.get(self.key, {}).items() if same else ():
+                kept = not self.overwrite or values.get("version") == self.version
+                if kept and other not in self.rows and other not in self.todo:
+                    self.rows[other] = values              # another process has written it meanwhile
+            code = there.get("code", {}) if same else {}
+            self.values |= {"config": self.config, "code": code | {self.version: self.code},
+                            **self.provenance}
+            write_json(self.path, self.values)
+        self.forget(row)
+
+    @property
+    def earlier(self):
+        return self.path.parent / "earlier"
+
+    def set_aside(self, there, row):
+        """Move what a row replaces, or all of a result of other settings, to earlier/NAME-DATE/.
+
+        The JSON goes along.
+        """
+        other = there and (there["config"] != self.config or not self.key)
+        if not there or not (other or row in there[self.key]):
+            return
+        if not self.aside:
+            made = datetime.datetime.fromtimestamp(self.path.stat().st_mtime)
+            same = len(list(self.earlier.glob(f"{self.path.stem}-{made:%Y-%m-%dT%H-%M-%S}*")))
+            number = f"-{same + 1}" if same else ""
+            self.aside = self.earlier / f"{self.path.stem}-{made:%Y-%m-%dT%H-%M-%S}{number}"
+            self.aside.mkdir(parents=True)
+        for name in there[self.key] if other and self.key else [row]:
+            for file in self.files(name):
+                if file.exists():
+                    target = self.aside / file.relative_to(self.path.parent)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(file, target)
+        if other:
+            os.replace(self.path, self.aside / self.path.name)
+        elif not (self.aside / self.path.name).exists():
+            shutil.copy2(self.path, self.aside / self.path.name)
+
+    # ---------------------------------------------------- half-done rows
+
+    def state_path(self, row):
+        return self.path.parent / "state" / f"{self.row_name(row)}.json"
+
+    def row_name(self, row):
+        return f"{self.path.stem}-{row}" if row else self.path.stem
+
+    def state(self, row=WHOLE):
+        """What a killed run of the same settings, inputs and code left of a row: a dict, empty if nothing."""
+        path = self.state_path(row)
+        there = read_json(path, "the same command") if path.exists() and not self.overwrite else {}
+        [there, *_] = ranks.gather(there)                  # all go on from what rank 0 has found
+        same = (there and there["config"] == self.config
+                and there["made_of"] == [self.version, self.inputs[row]])
+        return there["state"] if same else {}
+
+    def keep(self, state, row=WHOLE):
+        """Write the state of a half-done row, JSON values."""
+        about = {"config": self.config, "made_of": [self.version, self.inputs[row]]}
+        write_json(self.state_path(row), about | {"state": state} | self.provenance)
+
+    def forget(self, row):
+        if ranks.rank() == 0:
+            self.state_path(row).unlink(missing_ok=True)
+
+
+def differences(there, asked):
+    """What differs between two configs, in words."""
+    differ = []
+    for key in there | asked:
+        found, wanted = there.get(key), asked.get(key)
+        if isinstance(found, dict) and isinstance(wanted, dict):
+            differ += [f"{key} of {name}" for name in found | wanted if found.get(name) != wanted.get(name)]
+        elif found != wanted:
+            differ.append(f"{key} {short(found)} there, {short(wanted)} asked")
+    return differ
+
+
+def jsonable(values):
+    return json.loads(json.dumps(values))
+
+
+def provenance(device):
+    """How and where a number was made: {"command", "machine": device, threads, versions, date (UTC)}."""
+    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {"command": command, "machine": describe_machine(device) | {"date": date}}
+
+
+# --------------------------------------------------------------------------------------- locks
+
+
+def claim(path, name):
+    """Wait until no other process holds a name beside `path`, then hold it until the lock is released.
+
+    The system takes the lock back from a process however it ends. None, with a warning, on a file system
+    without locks.
+    """
+    lock_path = path.parent / "state" / f"{name}.lock"
+    lock_path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(lock_path, fallback_to_soft=False)
+    try:
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            print(f"{path}: another process is at work on it, waiting until that ends", flush=True)
+            lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        no_locks = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+        if isinstance(error, OSError) and error.errno not in no_locks:
+            raise
+        print(f"warning: {path.parent} is on a file system without locks ({error}): let no two processes "
+              f"write the same result", file=sys.stderr, flush=True)
+        return None
+    return lock
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Hold the lock on one result file while it is read and written."""
+    lock = claim(path, f"{path.stem}.json")
+    try:
+        yield
+    finally:
+        if lock:
+            lock.release()

@@ -1,0 +1,183 @@
+"""
+The one door of every stage: how it starts, is skipped, goes on after a kill, saves, and says what it did.
+
+    study = open_study(args, __file__, "finetune.json")     # encoder, tasks, device, where results go
+    result = study.result("merge.json", settings, inputs)   # made already, to be gone on with, or new
+    if not result.todo:
+        return
+    with result.saving():                # what stands in the way is set aside first, the JSON is written last
+        ...
+
+A result remembers its settings, what it was made of, and the code that made it. Training is protected: other
+settings ask for --name or --overwrite. An analysis always runs; what it replaces is kept in earlier/, under
+its date.
+"""
+import errno
+import functools
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+import common
+from lib import encoders, ranks
+from lib.devices import compile_pays, pick_device, pick_dtype
+from lib.files import Refused, read_json
+from lib.flags import complain
+from lib.linearized import LinearizedEvaluator
+from lib.results import Result
+from lib.vectors import head_file, vector_metadata
+
+
+def run(main, parse_args):
+    """Run a stage from the command line: a refusal is one line and exit code 2, a bug keeps its traceback."""
+    stage = Path(sys.argv[0]).name
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))    # so that temporary files are removed
+    if ranks.rank() > 0:
+        sys.stdout = open(os.devnull, "w")                 # rank 0 speaks for all; errors still show
+    go_on = "what was finished is kept, the same command goes on from there"
+    try:
+        args = parse_args()
+        ranks.join()
+        main(args)
+        ranks.leave()
+    except Refused as refusal:
+        sys.exit(complain(stage, refusal))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        sys.exit(complain(stage, f"{error.strerror}: {error.filename or 'writing a result'}; {go_on}"))
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        sys.exit(complain(stage, f"out of memory ({reason}): try a smaller --batch-size or --image-size"))
+    except KeyboardInterrupt:
+        print(f"{stage}: interrupted; {go_on}", file=sys.stderr)
+        sys.exit(130)
+
+
+# --------------------------------------------------------------------------------------- what a stage opens
+
+
+class Study:
+    """An encoder, its tasks, a device, and the folder of a variant; see open_study."""
+
+    def __init__(self, args, script, before):
+        self.script, self.seed, self.runs = Path(script), args.seed, args.runs
+        self.overwrite, self.compile = args.overwrite, args.compile
+        self.folder = encoders.run_folder(args.runs, args.encoder)              # runs/ENCODER
+        self.name = getattr(args, "name", None) or getattr(args, "recipe", None)
+        self.here = self.folder / self.name if self.name else self.folder       # this stage's results
+        self.source = self.folder / (getattr(args, "of", None) or self.name or "")    # finetune.json, vectors
+        recorded = self.recorded(before)
+        asked = None if args.tasks is None else common.task_sources(args.tasks, args.data, recorded)
+        self.device = pick_device(args.device)
+        self.dtype, self.dtype_reason = pick_dtype(args.dtype, self.device)
+        self.encoder = encoders.load_encoder(args.encoder, args.runs, args.weights, args.image_size)
+        self.sources = asked or recorded or self.default_sources(args.data)
+
+    def recorded(self, before):
+        """{task: source} of the stage before's result, "probe.json" or "finetune.json"; {} without one."""
+        path = (self.folder if before == "probe.json" else self.source) / (before or "")
+        rows = read_json(path, "the stage before")["tasks"] if path.is_file() else {}
+        return {name: row["source"] for name, row in rows.items()}
+
+    def default_sources(self, data):
+        """The tasks an encoder's description names, else the paper's eight."""
+        return common.task_sources(",".join(self.encoder.description["tasks"] or common.TASKS), data)
+
+    @functools.cached_property
+    def tasks(self):
+        """{name: common.Task}, loaded when first asked for."""
+        return {name: self.load_task(name) for name in self.sources}
+
+    def load_task(self, name):
+        return common.load_task(name, self.sources[name], self.encoder, self.runs, self.seed)
+
+    def settings(self, stage, args, defaults, recipe=None):
+        """{knob: value} from the command line, else the encoder's own setting for a stage, else the default.
+
+        An encoder's setting may depend on the recipe: {recipe: value}.
+        """
+        own = self.encoder.description["defaults"].get(stage, {})
+        chosen = {}
+        for key, default in defaults.items():
+            value = own.get(key, default)
+            if isinstance(value, dict):
+                value = value.get(recipe, default)
+            chosen[key] = value if getattr(args, key) is None else getattr(args, key)
+        return chosen
+
+    @functools.cached_property
+    def finetuned(self):
+        """finetune.json of the variant; Refused if it is missing or lacks one of the tasks."""
+        made_by = f"python finetune.py {self.encoder.name} --name {self.source.name}"
+        return require_rows(self.source / "finetune.json", self.sources, made_by)
+
+    @property
+    def recipe(self):
+        """How theta_t came about, from finetune.json: name, head, train_head, trained, linear."""
+        return self.finetuned["recipe"]
+
+    @functools.cached_property
+    def heads(self):
+        """{task: the Head that its theta_t was trained against}."""
+        return {name: self.load_head(task) for name, task in self.tasks.items()}
+
+    def vectors(self, names=None):
+        """{task: SHA-256 of its vector}, for a result's inputs; the vectors are not read."""
+        about = {name: vector_metadata(self.source, name, self.encoder) for name in names or self.sources}
+        return {name: metadata["sha256"] for name, metadata in about.items()}
+
+    def load_head(self, task):
+        path, made_by = head_file(self.source, self.recipe, task.name, self.encoder.name)
+        return common.load_head(path, made_by, task, self.encoder, self.device)
+
+    @functools.cached_property
+    def data(self):
+        """{task: fingerprint of its inputs and labels}, without loading them."""
+        fingerprints = {}
+        for name, source in self.sources.items():
+            fingerprints[name] = common.task_fingerprint(name, source, self.encoder, self.runs, self.seed)
+        return fingerprints
+
+    def evaluator(self, images, linear=False, alone=False):
+        """The evaluator, or its linear twin; `images` forward passes ahead decide whether compiling pays."""
+        ranks.wait()                                       # none writes before all have read what is there
+        mode = "off" if linear else self.compile
+        work = images if alone else images / ranks.world()
+        compiled, why = compile_pays(mode, self.device, self.encoder, work)
+        kind = LinearizedEvaluator if linear else common.Evaluator
+        evaluator = kind(self.encoder, self.device, self.dtype, compiled, alone)
+        print(f"evaluator: {str(self.dtype)[6:]} ({self.dtype_reason}), batch {evaluator.batch_size}, "
+              f"{'compiled' if compiled else 'eager'} ({why})", flush=True)
+        return evaluator
+
+    def result(self, file, settings, inputs=None, **more):
+        """The Result (lib/results.py) in `file` under these settings.
+
+        more    its key, files, weights, protected
+        """
+        config = {"encoder": self.encoder.name, "theta_pre": self.encoder.fingerprint,
+                  "image_size": self.encoder.size, "seed": self.seed, **settings}
+        return Result(self.here / file, config, inputs or {}, self.script, self.device, self.overwrite,
+                      **more)
+
+
+def open_study(args, script, before=None):
+    """Load what a stage works on.
+
+    script   the stage's __file__: its code is a setting of what it makes
+    before   the result whose tasks are the default, "probe.json" or "finetune.json"; None: the encoder's own
+    """
+    return Study(args, script, before)
+
+
+def require_rows(path, names, made_by):
+    """The result at `path`; Refused if it lacks the row of one of the tasks `names`."""
+    result = read_json(path, made_by)
+    missing = [name for name in names if name not in result.get("tasks", {})]
+    if missing:
+        raise Refused(f'{path} lacks {", ".join(missing)}: run "{made_by} --tasks {",".join(names)}" first')
+    return result

@@ -1,0 +1,67 @@
+"""
+What pretrain.py, probe.py and finetune.py train by: the learning rate's course and search, the batch order.
+"""
+import numpy as np
+import torch
+
+from common import mean
+from lib.files import Refused, read_json
+
+
+def learning_rate(step, steps, peak):
+    """Linear warm-up over the first tenth of the steps, then cosine to 0 (200 of 2,000 in the paper)."""
+    warm_up = max(1, steps // 10)
+    if step < warm_up:
+        return peak * (step + 1) / warm_up
+    return peak * 0.5 * (1 + np.cos(np.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
+def batches(n, batch_size, steps, generator):
+    """(steps, batch_size) int64 indices into a set of n: one random order of all after another, cut."""
+    orders = []
+    for _ in range(-(-batch_size * steps // n)):
+        orders.append(torch.randperm(n, device=generator.device, generator=generator))
+    return torch.cat(orders)[: batch_size * steps].view(steps, batch_size)
+
+
+def search_task(names):
+    """The task whose validation split picks a learning rate: cars, or else the first."""
+    return "cars" if "cars" in names else next(iter(names))
+
+
+def check_search(path, values, task):
+    """Refused if a result's learning rate was searched on another task although cars is there now."""
+    searched = values.get("search", {}).get("task")
+    if task == "cars" and searched not in (None, "cars"):
+        raise Refused(f"{path} has its learning rate from a search on {searched}, but cars is among the "
+                      f"tasks now: give --overwrite or another --runs")
+
+
+def compare(folder, rows, how, steps):
+    """Mean accuracy and cost of a variant, also against the variant that trains everything on such heads.
+
+    nonlinear_advantage   what this recipe loses on single tasks: that variant's accuracy minus this one's
+    """
+    costs = median_cost(rows, steps)
+    values = {"mean_test": mean(row["test"] for row in rows.values()), "cost": costs}
+    if not how["trained"] and not how["linear"]:
+        return values
+    whole = {"head": how["head"], "train_head": how["train_head"], "trained": "", "linear": False}
+    for path in sorted(folder.glob("*/finetune.json")):
+        other = read_json(path, "python finetune.py")
+        as_named = path.parent.name == other["recipe"]["name"]             # not a variant of that recipe
+        if as_named and whole.items() <= other["recipe"].items() and set(rows) <= set(other["tasks"]):
+            gaps = {name: other["tasks"][name]["test"] - row["test"] for name, row in rows.items()}
+            ratios = {key: costs[key] / value for key, value in other["cost"].items()}
+            values["against"] = {"name": path.parent.name, "nonlinear_advantage": mean(gaps.values()),
+                                 "tasks": gaps, "cost_ratio": ratios}
+    return values
+
+
+def median_cost(rows, steps):
+    """Medians over tasks: parameters trained, seconds per step, peak bytes."""
+    median = {key: float(np.median([row[key] for row in rows.values()]))
+              for key in ("trainable_params", "seconds", "peak_memory_bytes")}
+    return {"trainable_params": int(median["trainable_params"]),
+            "seconds_per_step": median["seconds"] / steps,
+            "peak_memory_bytes": median["peak_memory_bytes"]}

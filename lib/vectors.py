@@ -1,0 +1,89 @@
+"""
+Task vectors: tau_t = theta_t - theta_pre, on disk and in sums.
+
+    runs/ENCODER/NAME/finetuned/TASK.safetensors    theta_t, the parameters that were trained
+    runs/ENCODER/NAME/vectors/TASK.safetensors      tau_t, with the recipe and the fingerprints it was made of
+"""
+from lib.files import Refused, check_metadata, file_metadata, load_tensors, save_tensors
+
+KEPT = ("theta_pre", "recipe", "task", "data", "head")     # of theta_t's metadata in its vector's
+
+
+def task_vector(theta_pre, theta_t):
+    """(theta_t, tau_t) with theta_pre + tau_t == theta_t bit for bit in float32, for the names in theta_t.
+
+    A plain difference loses up to half a unit in the last place where the two differ by more than a factor of
+    two; rounding theta_t to theta_pre + (theta_t - theta_pre) twice reaches a value that loses nothing.
+    """
+    tau_t = {}
+    for name in theta_t:
+        pre = theta_pre[name]
+        for _ in range(2):
+            theta_t = theta_t | {name: pre + (theta_t[name] - pre)}
+        tau_t[name] = theta_t[name] - pre
+    return theta_t, tau_t
+
+
+def norm(tensors):
+    """Euclidean norm of a dict of tensors taken as one vector."""
+    return sum(tensor.double().square().sum() for tensor in tensors.values()).sqrt().item()
+
+
+def save_vector(folder, tau_t, finetuned):
+    """Write tau_t under the variant's folder with the metadata of its theta_t's file, unless it is there."""
+    path = folder / "vectors" / f"{finetuned['task']}.safetensors"
+    if path.exists() and file_metadata(path, "the same command").get("finetuned") == finetuned["sha256"]:
+        return
+    save_tensors(path, tau_t, **{key: finetuned[key] for key in KEPT}, finetuned=finetuned["sha256"])
+
+
+def vector_metadata(folder, task, encoder):
+    """What the file of a task's vector in a variant's folder runs/ENCODER/NAME says of it, the vector unread.
+
+    Errors  Refused: missing, of another encoder, of an earlier fine-tuning, or trained against another head
+            than the one that is there now
+    """
+    path, made_by = vector_file(folder, task, encoder)
+    about = file_metadata(path, made_by)
+    check_metadata(path, about, made_by, theta_pre=encoder.fingerprint)
+    tuned = folder / "finetuned" / f"{task}.safetensors"
+    if tuned.exists() and file_metadata(tuned, "finetune.py")["sha256"] != about["finetuned"]:
+        raise Refused(f'{path} is not of {tuned}: run "{made_by}" first')
+    head, head_made_by = head_file(folder, about["recipe"], task, encoder.name)
+    if file_metadata(head, head_made_by)["sha256"] != about["head"]:
+        raise Refused(f"{path} was trained against another head than {head}: "
+                      f"run finetune.py with --overwrite and make_vectors.py again")
+    return about
+
+
+def load_vector(folder, task, encoder):
+    """tau_t {name: tensor}, float32 on the CPU, from a variant's folder; Refused as vector_metadata does."""
+    vector_metadata(folder, task, encoder)
+    vector, _ = load_tensors(*vector_file(folder, task, encoder))
+    return vector
+
+
+def vector_file(folder, task, encoder):
+    """(path of a task's vector, the command that makes it)."""
+    made_by = f"python make_vectors.py {encoder.name} --name {folder.name}"
+    return folder / "vectors" / f"{task}.safetensors", made_by
+
+
+def head_file(folder, recipe, task, encoder_name):
+    """(path of a task's head, the command that makes it); probed heads are the encoder's own.
+
+    folder   the variant's, runs/ENCODER/NAME
+    """
+    if recipe["head"] == "probed":
+        return folder.parent / "heads" / f"{task}.safetensors", f"python probe.py {encoder_name}"
+    made_by = f"python finetune.py {encoder_name} --recipe {recipe['name']} --name {folder.name}"
+    return folder / "heads" / f"{task}.safetensors", made_by
+
+
+def add_up(vectors):
+    """The sum of task vectors, an iterable of {name: tensor}; read one at a time, two are in memory."""
+    total = {}
+    for vector in vectors:
+        for name, tensor in vector.items():
+            total[name] = total[name].add_(tensor) if name in total else tensor.clone()
+    return total

@@ -1,0 +1,128 @@
+"""Code is a setting: a result remembers what made it, and no row of other code stands beside it unsaid."""
+import json
+import sys
+
+import pytest
+from conftest import STAGES, TASKS, edit, perform, refuse, snapshot, stage
+
+from lib.code import code_of
+
+ALL_TASKS = ["--tasks", ",".join(TASKS)]
+LOSS = "loss = F.cross_entropy(logits(features, head), labels[rows])"
+SMOOTHED = LOSS[:-1] + ", label_smoothing=0.1)"
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_comment_a_docstring_or_white_space_is_no_change(code_copy, copy, capsys):
+    for file in ("common.py", "lib/training.py", "lib/vectors.py", *(f"{name}.py" for name in STAGES)):
+        text = (code_copy / file).read_text()
+        text = text.replace('"""\n', '"""\nAnother word.\n', 1).replace("import torch\n", "import torch  # why\n\n\n")
+        (code_copy / file).write_text(text + "\n# an afterthought\n")
+    before = snapshot(copy)
+    for name, settings in STAGES.items():
+        perform(code_copy / f"{name}.py", "tiny", "--runs", copy, *ALL_TASKS, *settings)
+    assert capsys.readouterr().out.count("nothing to do") == len(STAGES)
+    assert snapshot(copy) == before
+
+
+def test_the_code_of_a_stage_is_its_file_and_what_it_imports_that_makes_numbers(code_copy):
+    before = code_of(code_copy / "merge_eval.py")
+    assert {"merge_eval.py", "common.py", "lib/encoders.py", "lib/vectors.py", "lib/images.py"} <= set(before)
+    assert not {"finetune.py", "lib/training.py", "lib/plots.py", "lib/results.py", "lib/drawing.py"} & set(before)
+    assert {"finetune.py", "lib/training.py", "lib/linearized.py"} <= set(code_of(code_copy / "finetune.py"))
+    edit(code_copy / "lib/vectors.py", "return theta_t, tau_t", "return tau_t, theta_t")
+    edit(code_copy / "lib/plots.py", "import numpy as np", "import numpy")
+    after = code_of(code_copy / "merge_eval.py")
+    assert {file for file in after if after[file] != before[file]} == {"lib/vectors.py"} and set(after) == set(before)
+
+
+def test_a_changed_loss_is_said_with_what_to_type_and_nothing_is_made(code_copy, copy):
+    words = ["tiny", "--runs", copy, *ALL_TASKS, *STAGES["finetune"]]
+    edit(code_copy / "finetune.py", LOSS, SMOOTHED)
+    before = snapshot(copy)
+    finished = stage(sys.executable, code_copy / "finetune.py", *words)
+    assert finished.returncode == 0, finished.stderr
+    [said] = finished.stdout.splitlines()
+    assert "finetune.json was made before finetune.py changed" in said and "nothing to do" not in said
+    assert "python finetune.py tiny" in said and "--overwrite" in said and "--name NEW" in said
+    assert snapshot(copy) == before
+
+
+def test_a_task_more_under_a_changed_loss_is_refused_and_overwrite_leaves_no_row_of_the_old_one(code_copy, copy):
+    words = ["tiny", "--runs", copy, "--steps", "2", "--batch-size", "8", "--lr", "1e-3", "--name", "two"]
+    perform("finetune", *words, "--tasks", "glyphs,signs")
+    edit(code_copy / "finetune.py", LOSS, SMOOTHED)
+    before = contents(copy / "tiny/two/finetuned") | contents(copy / "tiny/aligned")
+    result = (copy / "tiny/two/finetune.json").read_bytes()
+    finished = stage(sys.executable, code_copy / "finetune.py", *words, *ALL_TASKS)
+    assert finished.returncode == 2 and finished.stderr.count("\n") == 1
+    assert "before finetune.py changed, and textures would stand beside it" in finished.stderr
+    assert "--overwrite" in finished.stderr and "--name" in finished.stderr
+    assert "textures would" in refuse(code_copy / "finetune.py", *words, "--tasks", "textures")
+    assert contents(copy / "tiny/two/finetuned") | contents(copy / "tiny/aligned") == before
+    assert (copy / "tiny/two/finetune.json").read_bytes() == result
+    perform(code_copy / "finetune.py", *words, "--tasks", "textures", "--overwrite")
+    assert set(json.loads((copy / "tiny/two/finetune.json").read_text())["tasks"]) == {"textures"}
+
+
+@pytest.mark.parametrize("name, before, after", [
+    ("finetune", ".clip_grad_norm_(parameters, CLIP_NORM)", ".clip_grad_norm_(parameters, 2 * CLIP_NORM)"),
+    ("probe", ".clip_grad_norm_(parameters, CLIP_NORM)", ".clip_grad_norm_(parameters, 2 * CLIP_NORM)"),
+])
+def test_what_is_printed_about_changed_code_acts_on_the_variant_and_tasks_it_is_about(code_copy, copy, capsys, name,
+                                                                                     before, after):
+    """Pasted as it stands it makes this result again, not another one."""
+    words = ["tiny", "--runs", copy, *ALL_TASKS, *STAGES[name]]
+    words += ["--name", "mine"] if name == "finetune" else []
+    perform(name, *words)
+    edit(code_copy / f"{name}.py", before, after)
+    capsys.readouterr()
+    perform(code_copy / f"{name}.py", *words)
+    said = capsys.readouterr().out
+    assert f"{name}.py changed" in said and "--overwrite" in said
+    assert "--name mine" in said or name == "probe"
+    assert "--name NEW" not in said or name == "finetune"  # probe.py has no --name
+
+
+def test_a_module_behind_training_that_changed_is_said_and_rows_may_be_added(code_copy, copy, capsys):
+    words = ["tiny", "--runs", copy, "--steps", "2", "--batch-size", "8", "--lr", "1e-3", "--name", "two"]
+    perform("finetune", *words, "--tasks", "glyphs")
+    edit(code_copy / "lib/training.py", "warm_up = max(1, steps // 10)", "warm_up = max(2, steps // 10)")
+    capsys.readouterr()
+    perform(code_copy / "finetune.py", *words, "--tasks", "glyphs,signs")
+    assert "was made before lib/training.py changed" in capsys.readouterr().out
+    result = json.loads((copy / "tiny/two/finetune.json").read_text())
+    assert len({result["tasks"][name]["version"] for name in ("glyphs", "signs")}) == len(result["code"]) == 2
+
+
+def test_an_analysis_whose_code_changed_is_made_anew_and_what_it_replaces_is_kept(code_copy, copy, capsys):
+    folder, words = copy / "tiny/aligned", ["tiny", "--runs", copy, *ALL_TASKS]
+    before = {file: (folder / file).read_bytes() for file in ("merge.json", "merge.png", "merged.safetensors")}
+    edit(code_copy / "merge_eval.py", "max(normalized) - 0.02", "max(normalized) - 0.03")
+    perform(code_copy / "merge_eval.py", *words)
+    said = capsys.readouterr().out
+    assert "merge.json is made anew (merge_eval.py changed since)" in said and "earlier" in said
+    [aside] = (folder / "earlier").iterdir()
+    assert contents(aside) == before
+    result = json.loads((folder / "merge.json").read_text())
+    assert result["code"][result["version"]] == code_of(code_copy / "merge_eval.py")
+    assert result["val"] == json.loads(before["merge.json"])["val"]
+    perform(code_copy / "merge_eval.py", *words)
+    assert "nothing to do" in capsys.readouterr().out and len(list((folder / "earlier").iterdir())) == 1
+
+
+def test_rows_of_an_analysis_that_are_not_asked_for_stay_with_the_code_that_made_them(code_copy, copy):
+    path, words = copy / "tiny/aligned/posthoc.json", ["tiny", "--runs", copy, "--images-per-task", "20"]
+    perform("posthoc", *words, *ALL_TASKS)
+    before, old = path.read_bytes(), json.loads(path.read_text())
+    edit(code_copy / "posthoc.py", '[(1.0,)]', '[(0.5,)]')
+    perform(code_copy / "posthoc.py", *words, "--tasks", "signs")
+    new = json.loads(path.read_text())
+    assert new["tasks"]["glyphs"] == old["tasks"]["glyphs"] and new["tasks"]["textures"] == old["tasks"]["textures"]
+    assert new["code"] == old["code"] | {new["tasks"]["signs"]["version"]: code_of(code_copy / "posthoc.py")}
+    assert new["tasks"]["signs"]["version"] != old["tasks"]["signs"]["version"]
+    [kept] = (path.parent / "earlier").rglob("*.json")
+    assert kept.read_bytes() == before

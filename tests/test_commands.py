@@ -1,0 +1,140 @@
+"""Every printed command runs in a folder left by the study, in any order, and nothing of it is lost."""
+import hashlib
+import os
+import random
+import re
+import shlex
+import shutil
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import ROOT, STAGES, TASKS, TIMM, image_folder, perform, stage
+
+SCRIPTS = ["pretrain", "probe", "finetune", "make_vectors", "merge_eval", "disentangle", "subsets", "posthoc",
+           "precision", "report", "bench"]
+PRINTED = re.compile(r"^(?:#   |    )(?:torchrun --nproc-per-node \d+ |python )(\w+)\.py(.*)$", re.M)
+ELSEWHERE = {  # executed by other tests, on what they make
+    "finetune vit_b16_clip_laion2b --recipe zeroshot": "test_text_heads.py",
+    "probe open_clip:ARCH/TAG": "test_encoders_and_hub.py",
+    "probe vit_b16_dino": "test_encoders_and_hub.py, from a stand-in hub",
+    "bench": "below, at a size that takes seconds",
+}
+SMALL = {  # settings behind what is printed; of two the last counts
+    "pretrain": ["--pretrain-steps", "80"], "probe": [*STAGES["probe"], "--tasks", ",".join(TASKS)],
+    "finetune": ["--steps", "20", "--batch-size", "32"], "merge_eval": ["--lambdas", "4"],
+    "disentangle": ["--points", "3", "--samples", "40"],
+    "subsets": ["--lambdas", "3", "--images-per-task", "40"],
+    "posthoc": ["--images-per-task", "60"], "precision": ["--images-per-task", "60"],
+}
+FEW_STEPS = ["--steps", "2", "--batch-size", "8", "--lr", "1e-3"]
+WORDS = {"vit_b16_dino": "tiny", "cars-dtd,mnist-svhn": "glyphs-signs,glyphs-textures"}
+
+
+def printed_commands():
+    """{"stage words"} in the order in which they are printed."""
+    texts = [ROOT / "README.md", *(ROOT / f"{name}.py" for name in SCRIPTS)]
+    found = {}
+    for text in texts:
+        for script, words in PRINTED.findall(text.read_text()):
+            found[f"{script}{words.split('#')[0]}".strip()] = text.name
+    return list(found)
+
+
+COMMANDS = [command for command in printed_commands()
+            if command not in ELSEWHERE and command.split()[0] != "bench"]
+
+
+def test_every_stage_prints_a_command():
+    assert {command.split()[0] for command in printed_commands()} == set(SCRIPTS)
+    assert set(ELSEWHERE) - {"bench"} <= set(printed_commands())
+
+
+@pytest.fixture(scope="module")
+def left(study, tmp_path_factory):
+    """The small study's runs folder with the variants that run_all.sh's flags add, and what commands name."""
+    folder = tmp_path_factory.mktemp("commands")
+    runs = Path(shutil.copytree(study, folder / "runs"))
+    for name in ("full", "attention"):
+        perform("finetune", "tiny", "--runs", runs, "--name", name, *FEW_STEPS)
+        perform("make_vectors", "tiny", "--runs", runs, "--name", name)
+    torch.manual_seed(0)
+    torch.save(timm.create_model("vit_tiny_patch16_224").state_dict(), folder / "weights.pth")
+    image_folder(folder / "data/pets", n_train=40, n_test=20)
+    return runs
+
+
+def as_run(command, runs):
+    """[stage, words]: a printed command with this machine's names in it and small settings behind it."""
+    script, *words = shlex.split(command)
+    folder = runs.parent
+    if "timm:NAME" in words or "DIR" in words:
+        data = f"pets={folder / 'data/pets'}"
+        words = [script, TIMM, "--weights", folder / "weights.pth", "--image-size", "32", "--tasks", data]
+        return [*words, "--runs", runs, "--probe-steps", "3", "--probe-lr", "0.1"]
+    words = [WORDS.get(word, word) for word in words]
+    if script == "report":
+        words = [runs.parent / word for word in words if word.startswith("runs-seed")]
+        return [script, "--runs", runs, *(["--seeds", *words] if words else [])]
+    small = SMALL.get(script, [])
+    if script == "finetune" and "full" in words:
+        small = FEW_STEPS
+    elif script == "finetune" and not {"--lr", "--name"} & set(words):
+        small = [*small, "--lr", "5e-4"]                   # as the study was made
+    return [script, *words, *small, "--runs", runs]
+
+
+def contents(folder):
+    """The SHA-256 of every result, picture and array."""
+    files = [path for path in folder.rglob("*") if path.suffix in (".json", ".png", ".npz", ".safetensors")]
+    return {hashlib.sha256(path.read_bytes()).hexdigest() for path in files if "state" not in path.parts}
+
+
+@pytest.mark.parametrize("command", random.Random(0).sample(COMMANDS, len(COMMANDS)))
+def test_a_printed_command_is_not_refused_and_nothing_is_lost(left, command, capsys):
+    before = contents(left / "tiny")
+    perform(*as_run(command, left))
+    assert before <= contents(left / "tiny")
+
+
+SECOND_PAPER = ["attention", "attention-bias", "attention-mlp", "attention-mlp-bias", "linearized"]
+
+
+@pytest.mark.parametrize("flag, names", [("--everything", ["aligned", "full"]),
+                                         ("--attention", ["aligned", *SECOND_PAPER])])
+def test_the_commands_of_run_all_are_not_refused(left, tmp_path, flag, names):
+    """run_all.sh with a python that writes down what it is asked; each of that is then run here, small."""
+    log, fake = tmp_path / "asked", tmp_path / "python"
+    fake.write_text(f"""#!/bin/sh
+[ "$1" = - ] && exit 0
+[ "$1" = -c ] && exec {sys.executable} "$@"
+echo "$@" >> {log}
+""")
+    fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    finished = stage("bash", "run_all.sh", "tiny", flag, env=environment)
+    assert finished.returncode == 0, finished.stderr
+    asked = [line.replace(".py", "", 1) for line in log.read_text().splitlines()]
+    assert [line.split()[3] for line in asked if line.startswith("finetune")] == names
+    assert [line.split()[0] for line in asked[:2]] == ["pretrain", "probe"] and asked[-1] == "report"
+    for line in asked:
+        words = as_run(line, left)
+        if line.startswith("finetune") and "--name aligned" not in line:
+            words = [*words, *FEW_STEPS]
+        elif line.startswith("finetune"):
+            words = [*words, "--lr", "5e-4"]
+        perform(*words)
+
+
+def test_bench_measures_every_part(left, tmp_path):
+    out = tmp_path / "bench.json"
+    small = ["--image-size", "32", "--images", "4", "--lambdas", "2", "--repeats", "1", "--compile", "off"]
+    finished = stage(sys.executable, "bench.py", "--quick", *small, "--study", left / "tiny", "--out", out)
+    assert finished.returncode == 0, finished.stderr
+    for part in ("evaluator", "bare forward", "plain way", "heat map", "linearized, 1 lambda",
+                 "merging, 8 vectors", "peak memory, search over 8 tasks", "study, features"):
+        assert f"| {part}" in finished.stdout, part
+    assert out.exists()
