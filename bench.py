@@ -209,9 +209,10 @@ def a_head(encoder, device):
 
 def random_vectors(encoder, count):
     """`count` task vectors, {name: tensor} each."""
-    theta_pre = encoders.weights_of(encoder.module)
-    return [{name: STEP * torch.randn_like(tensor) for name, tensor in theta_pre.items()}
-            for _ in range(count)]
+    theta_pre, vectors = encoders.weights_of(encoder.module), []
+    for _ in range(count):
+        vectors.append({name: STEP * torch.randn_like(tensor) for name, tensor in theta_pre.items()})
+    return vectors
 
 
 # --------------------------------------------------------------------------------------- timing

@@ -245,9 +245,11 @@ class Evaluator:
 
     def use_vectors(self, vectors):
         """Set the task vectors, a list of {name: tensor}; what a vector lacks stays as in theta_pre."""
-        self.vectors = [{name: tensor.to(self.device) for name, tensor in vector.items()}
-                        for vector in vectors]
-        self.changed = [name for name in self.slots if any(name in vector for vector in self.vectors)]
+        self.vectors = []
+        for vector in vectors:
+            self.vectors.append({name: tensor.to(self.device) for name, tensor in vector.items()})
+        named = set().union(*self.vectors)
+        self.changed = [name for name in self.slots if name in named]
         for name, slot in self.slots.items():
             slot.copy_(self.theta_pre[name])
 

@@ -108,7 +108,8 @@ def main(args):
     metrics = list(METRICS) if args.metric == "both" else [args.metric]
     settings |= {"recipe": study.recipe, "dtype": str(study.dtype)[6:]}
     results = {metric: open_result(study, metric, settings, made_of) for metric in metrics}
-    todo = [pair for pair in pairs if any(pair in result.todo for result in results.values())]
+    missing = set().union(*(result.todo for result in results.values()))
+    todo = [pair for pair in pairs if pair in missing]
     if not todo:
         return
 

@@ -149,7 +149,10 @@ def main(args):
         result.values["lr"] = settings["lr"]
     elif "lr" not in result.values:
         searched = search_task(tasks)
-        search = result.values.setdefault("search", {"task": searched, "val": {}, "seconds": {}})
+        search = result.values.get("search", {})
+        if search.get("version") != result.version:         # none begun, or by other code
+            search = {"task": searched, "val": {}, "seconds": {}, "version": result.version}
+            result.values["search"] = search
         for lr in ranks.deal([lr for lr in LEARNING_RATES if f"{lr:g}" not in search["val"]]):
             found, start = None, time.perf_counter()
             if lr:

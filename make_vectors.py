@@ -22,7 +22,7 @@ from lib.devices import make_room
 from lib.encoders import weights_of
 from lib.files import Refused, file_metadata, load_tensors, require
 from lib.study import open_study, run
-from lib.vectors import norm, save_vector, task_vector
+from lib.vectors import norm, save_vector, task_vector, theta_fingerprint
 
 RANK = 8  # singular directions compared per layer
 
@@ -42,6 +42,9 @@ def main(args):
     for path in tuned.values():
         require(path, made_by)
     fingerprints = {name: file_metadata(path, made_by)["sha256"] for name, path in tuned.items()}
+    for name, path in tuned.items():
+        if fingerprints[name] != theta_fingerprint(study.finetuned, name):
+            raise Refused(f'{path} is not what finetune.json describes: run "{made_by}" first')
     pictures = [study.here / f"{stem}.png" for stem in ("vectors", "overlap", "overlap_layers")]
     vectors = [study.here / "vectors" / f"{name}.safetensors" for name in names]
     result = study.result("vectors.json", {"recipe": recipe, "finetuned": fingerprints},
@@ -75,8 +78,8 @@ def main(args):
               flush=True)
 
     # ---------------------------------------------------- angles, and overlap of subspaces
-    cosine = [[float(a @ b) for b in directions] for a in directions]              # (T, T)
-    per_layer = {key: overlaps(bases) for key, bases in subspaces.items()}         # (T, T) each
+    cosine = pairwise(lambda a, b: float(a @ b), directions)                           # (T, T)
+    per_layer = {key: pairwise(overlap_of, bases) for key, bases in subspaces.items()}    # (T, T) each
     overlap = np.mean(list(per_layer.values()), axis=0).tolist() if matrices else None
     chance = {key: RANK / min(theta_pre[key].flatten(1).shape) for key in matrices}
     by_chance = mean(chance.values()) if matrices else None
@@ -105,9 +108,17 @@ def leading_directions(matrix, rank):
     return torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -rank:]    # eigenvalues ascend
 
 
-def overlaps(bases):
-    """(T, T) overlap of T subspaces of one layer, each (d, rank) orthonormal."""
-    return [[float((a.T @ b).square().sum() / a.shape[1]) for b in bases] for a in bases]
+def overlap_of(a, b):
+    """|a^T b|^2 / k of two subspaces, (d, k) orthonormal each: 1 where they are the same."""
+    return float((a.T @ b).square().sum() / a.shape[1])
+
+
+def pairwise(function, items):
+    """(T, T) values of a function of two of T items."""
+    matrix = []
+    for a in items:
+        matrix.append([function(a, b) for b in items])
+    return matrix
 
 
 def of_pairs(matrix):

@@ -76,11 +76,14 @@ def main(args):
         state["hits"] += np.transpose(counted).tolist()
         state["seconds"] += time.perf_counter() - start
         result.keep(state)
-    val = {name: [row[t] / n["val"][name] for row in state["hits"]] for t, name in enumerate(tasks)}
-    normalized = []
-    for k in range(len(lambdas)):
-        normalized.append(normalized_accuracy({name: val[name][k] for name in tasks}, single["val"]))
+    accuracies = []                                        # one dict for each lambda
+    for counts in state["hits"]:
+        accuracies.append({name: hits / n["val"][name] for name, hits in zip(names, counts, strict=True)})
+    normalized = [normalized_accuracy(accuracy, single["val"]) for accuracy in accuracies]
     best = int(np.argmax(normalized))
+    curves = {}
+    for name in names:
+        curves[name] = [accuracy[name] for accuracy in accuracies]
     near_best = [lam for lam, value in zip(lambdas, normalized, strict=True)
                  if value > max(normalized) - 0.02]
 
@@ -99,8 +102,8 @@ def main(args):
         result.values = {
             "recipe": recipe, "of": study.source.name, "lambdas": lambdas, "best_lambda": lambdas[best],
             "lambdas_within_2_points": [min(near_best), max(near_best)],
-            "val": {"absolute": [mean(val[name][k] for name in tasks) for k in range(len(lambdas))],
-                    "normalized": normalized, "tasks": val, "n": n["val"]},
+            "val": {"absolute": [mean(accuracy.values()) for accuracy in accuracies],
+                    "normalized": normalized, "tasks": curves, "n": n["val"]},
             "test": at_best, "test_lambda0": at_zero, "gain": gain, "single_task": single["test"],
             "single_task_mean": mean(single["test"].values()), "seconds": state["seconds"],
             "images_per_second": (len(lambdas) - 1) * sum(n["val"].values()) / max(state["seconds"], 1e-9)}

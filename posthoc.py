@@ -53,8 +53,9 @@ def main(args):
             row |= {kind: hits / len(split), f"hits_{kind}": hits}
         with result.saving(name):
             result.rows[name] = row
-            result.values["mean"] = {kind: mean(row[kind] for row in result.rows.values())
-                                     for kind in evaluators}
+            result.values["mean"] = {}
+            for kind in evaluators:
+                result.values["mean"][kind] = mean(row[kind] for row in result.rows.values())
         print(f"posthoc {name}: fine-tuned {row['nonlinear']:.4f}, its linearization {row['linearized']:.4f} "
               f"(n = {row['n']})", flush=True)
 

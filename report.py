@@ -311,7 +311,10 @@ def not_there_yet(runs, probes, variants):
                 if variant["recipe"]["linear"]:
                     del wanted["posthoc.json"]
             for file, script in wanted.items():
-                if unfinished(file, variant.get(file), probe):
+                if file in variant and unfinished(file, variant[file], probe):
+                    rows.append({"encoder": encoder, "name": name,
+                                 "the command that makes it": variant[file]["command"]})
+                elif unfinished(file, variant.get(file), probe):
                     stage, *words = script.split()
                     where = "" if runs == Path("runs") else f" --runs {runs}"
                     seed = f" --seed {probe['config']['seed']}" if probe["config"]["seed"] else ""

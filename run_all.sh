@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The whole study for one encoder, every stage in turn. What is finished is skipped: kill it and start it again at will.
+# The whole study for one encoder, every stage in turn. What is finished is skipped: kill it, start it again.
 #
 #   bash run_all.sh                             # tiny: offline, generated images, minutes on two CPU cores
 #   bash run_all.sh vit_b16_dino                # the paper's eight tasks at 224 pixels (a GPU is advisable)
-#   bash run_all.sh vit_b16_dino --everything   # also the recipe full (for CLIP zeroshot too) and subsets of the tasks
-#   bash run_all.sh vit_b16_dino --attention    # also attention*, linearized, and the tests of arXiv:2407.07089
+#   bash run_all.sh vit_b16_dino --everything   # also full (of CLIP zeroshot too), and subsets of the tasks
+#   bash run_all.sh vit_b16_dino --attention    # also attention*, linearized, the tests of arXiv:2407.07089
 #   bash run_all.sh timm:NAME --weights FILE --data DIR --tasks a,b,c --image-size 128 --steps 300
 set -eo pipefail
 cd "$(dirname "$0")"
@@ -14,7 +14,8 @@ if [ "${1-}" = --help ] || [ "${1-}" = -h ]; then sed -n '2,/^set /{/^#/p}' run_
 encoder=tiny everything=no attention=no
 if [ $# -gt 0 ] && [[ $1 != -* ]]; then encoder=$1; shift; fi
 
-shared=() pretrain=() probe=() finetune=() search=() disentangle=() subsets=() report=()  # the flags of each stage
+# the flags of each stage
+shared=() pretrain=() probe=() finetune=() search=() disentangle=() subsets=() report=()
 while [ $# -gt 0 ]; do
   if [[ $1 == --*=* ]]; then set -- "${1%%=*}" "${1#*=}" "${@:2}"; fi
   case $1 in
@@ -23,7 +24,7 @@ while [ $# -gt 0 ]; do
     --overwrite) shared+=("$1"); shift; continue ;;
     --runs) report+=("$1" "${2-}"); stages=shared ;;
     --tasks | --data | --weights | --image-size | --device | --dtype | --compile | --seed) stages=shared ;;
-    --pretrain-steps) [ "$encoder" = tiny ] || refuse "$1 is of tiny, $encoder comes trained"; stages=pretrain ;;
+    --pretrain-steps) [ "$encoder" = tiny ] || refuse "$1: $encoder comes trained"; stages=pretrain ;;
     --probe-steps | --probe-lr) stages=probe ;;
     --steps | --lr | --batch-size | --save-minutes) stages=finetune ;;
     --lambdas | --lambda-max) stages=search ;;
@@ -34,14 +35,13 @@ while [ $# -gt 0 ]; do
   [ $# -ge 2 ] || refuse "$1 needs a value"
   eval "$stages+=(\"\$1\" \"\$2\")"; shift 2
 done
-if [ $everything = no ] && [ ${#subsets[@]} -gt 0 ]; then refuse "${subsets[0]} is of subsets.py: give --everything"; fi
+if [ $everything = no ] && [ ${#subsets[@]} -gt 0 ]; then refuse "${subsets[0]} goes with --everything"; fi
 
 source tests/setup.sh
 names=(aligned)
 if [ $everything = yes ]; then names+=(full); fi
-if [ $everything = yes ] && python -c "import sys, lib.encoders as e; sys.exit(not e.text_tower('$encoder'))"; then
-  names+=(zeroshot zeroshot-full)
-fi
+has_text="import sys; from lib.encoders import text_tower; sys.exit(not text_tower(sys.argv[1]))"
+if [ $everything = yes ] && python -c "$has_text" "$encoder"; then names+=(zeroshot zeroshot-full); fi
 if [ $attention = yes ]; then
   names+=(attention attention-bias attention-mlp attention-mlp-bias linearized); disentangle+=(--metric both)
 fi

@@ -84,7 +84,8 @@ def main(args):
     # ---------------------------------------------------- every subset
     for key in result.todo:
         start, subset = time.perf_counter(), chosen[key]
-        alone = {split: {name: single[name, split] for name in subset} for split in ("val", "test")}
+        alone = {"val": {name: single[name, "val"] for name in subset},
+                 "test": {name: single[name, "test"] for name in subset}}
         member = np.array([float(name in subset) for name in names])
         accuracies = [{name: at_zero[name, "val"] for name in subset}]    # one dict for each lambda
         accuracies += accuracies_at(evaluator, splits, heads, subset, "val",
@@ -100,8 +101,8 @@ def main(args):
                                 "absolute": mean(tested.values()),
                                 "normalized": normalized_accuracy(tested, alone["test"]),
                                 "seconds": time.perf_counter() - start}
-            result.values["images_per_task"] = {name: {split: n[name, split] for split in ("val", "test")}
-                                                for name in names}
+            counted = {name: {"val": n[name, "val"], "test": n[name, "test"]} for name in names}
+            result.values["images_per_task"] = counted
             if key == result.todo[-1]:       # before the file that says all is done
                 plots.scaling(picture, {study.name: list(result.rows.values())}, f"{args.encoder}")
 

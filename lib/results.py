@@ -7,6 +7,7 @@ is kept in earlier/, under its date. Killed anywhere, the same command goes on.
 import contextlib
 import datetime
 import errno
+import functools
 import json
 import os
 import shlex
@@ -35,33 +36,37 @@ class Result:
     weights     function of a row's name: the safetensors files without which it is not made; their
                 fingerprints stand in the row
     protected   refuse other settings, and rows of another script beside old ones, unless --overwrite is given
+    named       whether the stage takes --name
 
     values      what stands in the file, for the stage to add to
     todo        the rows that are to be made, or [WHOLE]; empty: nothing to do, which has been said
     """
 
     def __init__(self, path, config, inputs, script, device, overwrite, key=None,
-                 files=lambda row: [], weights=lambda row: [], protected=False):
+                 files=lambda row: [], weights=lambda row: [], protected=False, named=False):
         self.path, self.key, self.overwrite, self.protected = path, key, overwrite, protected
         self.config = jsonable(config if key else config | inputs)
         self.inputs = jsonable(inputs) if key else {WHOLE: {}}
         self.files, self.weights = files, weights
         self.stage = Path(script).stem
+        self.beside = "--name NEW" if named else "another --runs"
         self.aside = None                    # the folder in earlier/ that takes what this run replaces
         self.code = code_of(Path(script))
         self.version = checksum(self.code)[:12]            # a result's code, in short
         self.provenance = provenance(device)
         if ranks.rank() == 0:
-            self.claims = [claim(path, self.row_name(row)) for row in self.inputs]
+            # in one order, so that no two processes wait for each other
+            self.claims = [claim(path, self.row_name(row)) for row in sorted(self.inputs)]
         ranks.wait()
-        there = read_json(path, "the same command") if path.exists() else {}
+        there = self.on_disk()
         differ = differences(there.get("config", {}), self.config) if there else []
         if differ and protected and not overwrite:
             raise Refused(f"{path} holds a result of other settings ({'; '.join(differ)}): "
-                          f"give --name to keep both, or --overwrite to replace it")
+                          f"give {self.beside} to keep both, or --overwrite to replace it")
         self.values = {} if differ else there
         self.check_inputs()
-        older = [row for row in self.inputs if row in self.rows and self.made_by(row) != self.version]
+        older = [row for row in self.rows
+                 if self.made_by(row) != self.version and (protected or row in self.inputs)]
         self.todo = [row for row in self.inputs if overwrite or not self.is_made(row)]
         self.say(there, differ, older)
         if overwrite:
@@ -71,6 +76,16 @@ class Result:
         for row in self.inputs:
             if row not in self.todo:
                 self.forget(row)                           # killed between its last two writes
+
+    def on_disk(self):
+        """The result as it stands on disk, {} where it does not; --overwrite takes a damaged one for none."""
+        if self.overwrite and self.path.exists():
+            try:
+                return read_json(self.path, "the same command")
+            except Refused as refusal:
+                print(f"{self.stage}: {refusal}; it is overwritten", flush=True)
+                return {}
+        return read_json(self.path, "the same command") if self.path.exists() else {}
 
     @property
     def rows(self):
@@ -86,7 +101,7 @@ class Result:
             if self.protected and not self.overwrite and made_of != inputs:
                 raise Refused(f"{self.path}: {row} was made of other inputs "
                               f"({'; '.join(differences(made_of, inputs))}): "
-                              f"give --name to keep both, or --overwrite to replace it")
+                              f"give {self.beside} to keep both, or --overwrite to replace it")
 
     def made_by(self, row):
         """The version of the code that made a row."""
@@ -110,16 +125,16 @@ class Result:
 
     def say(self, there, differ, older):
         """Say what is skipped, what is made anew and why, and what has changed since."""
-        command = f"python {self.stage}.py {self.config['encoder']}"
         changed = self.changed_files(there, older)
         if self.overwrite or not there:
             return
         if self.protected and older and f"{self.stage}.py" not in self.makers(there, older):
             makers = " and ".join(self.makers(there, older))
             raise Refused(f"{self.path} was made by {makers}, not by {self.stage}.py: "
-                          f"give --name to put yours beside it, or --overwrite to replace it")
+                          f"give {self.beside} to put yours beside it, or --overwrite to replace it")
         if self.protected and older:
-            remedy = f'"{command} --overwrite" makes it again with today\'s, --name NEW beside it'
+            remedy = (f'"{self.provenance["command"]} --overwrite" makes it again with today\'s, '
+                      f"{self.beside} puts another beside it")
             if self.todo and f"{self.stage}.py" in changed:
                 raise Refused(f"{self.path} was made before {', '.join(changed)} changed, and "
                               f"{', '.join(self.todo)} would stand beside it: {remedy}")
@@ -169,7 +184,7 @@ class Result:
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with locked(self.path) if ranks.rank() == 0 else contextlib.nullcontext():
-            there = read_json(self.path, "the same command") if self.path.exists() else {}
+            there = self.on_disk()
             if not self.protected and not self.overwrite and ranks.rank() == 0:
                 self.set_aside(there, row)
             yield
@@ -289,10 +304,15 @@ def claim(path, name):
         no_locks = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
         if isinstance(error, OSError) and error.errno not in no_locks:
             raise
-        print(f"warning: {path.parent} is on a file system without locks ({error}): let no two processes "
-              f"write the same result", file=sys.stderr, flush=True)
+        warn_once(f"warning: {path.parent} is on a file system without locks ({error}): let no two processes "
+                  f"write the same result")
         return None
     return lock
+
+
+@functools.cache
+def warn_once(message):
+    print(message, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

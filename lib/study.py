@@ -80,7 +80,12 @@ class Study:
     def recorded(self, before):
         """{task: source} of the stage before's result, "probe.json" or "finetune.json"; {} without one."""
         path = (self.folder if before == "probe.json" else self.source) / (before or "")
-        rows = read_json(path, "the stage before")["tasks"] if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        made_by = f"python {Path(before).stem}.py {self.folder.name}"
+        result = self.finetune_json if before == "finetune.json" else read_json(path, made_by)
+        rows = result.get("tasks", {})
+        require_keys(path, rows, ["source"], made_by)
         return {name: row["source"] for name, row in rows.items()}
 
     def default_sources(self, data):
@@ -110,10 +115,25 @@ class Study:
         return chosen
 
     @functools.cached_property
+    def finetune_json(self):
+        """finetune.json of the variant, read once."""
+        return read_json(self.source / "finetune.json", self.made_by)
+
+    @property
+    def made_by(self):
+        return f"python finetune.py {self.folder.name} --name {self.source.name}"
+
+    @functools.cached_property
     def finetuned(self):
         """finetune.json of the variant; Refused if it is missing or lacks one of the tasks."""
-        made_by = f"python finetune.py {self.encoder.name} --name {self.source.name}"
-        return require_rows(self.source / "finetune.json", self.sources, made_by)
+        path, rows = self.source / "finetune.json", self.finetune_json.get("tasks", {})
+        missing = [name for name in self.sources if name not in rows]
+        if missing:
+            words = f'run "{self.made_by} --tasks {",".join(self.sources)}" first'
+            raise Refused(f"{path} lacks {', '.join(missing)}: {words}")
+        require_keys(path, rows, ["val", "test", "weights_sha256"], self.made_by)
+        require_keys(path, {"it": self.finetune_json}, ["recipe"], self.made_by)
+        return self.finetune_json
 
     @property
     def recipe(self):
@@ -162,7 +182,7 @@ class Study:
         config = {"encoder": self.encoder.name, "theta_pre": self.encoder.fingerprint,
                   "image_size": self.encoder.size, "seed": self.seed, **settings}
         return Result(self.here / file, config, inputs or {}, self.script, self.device, self.overwrite,
-                      **more)
+                      named=bool(self.name), **more)
 
 
 def open_study(args, script, before=None):
@@ -174,10 +194,9 @@ def open_study(args, script, before=None):
     return Study(args, script, before)
 
 
-def require_rows(path, names, made_by):
-    """The result at `path`; Refused if it lacks the row of one of the tasks `names`."""
-    result = read_json(path, made_by)
-    missing = [name for name in names if name not in result.get("tasks", {})]
-    if missing:
-        raise Refused(f'{path} lacks {", ".join(missing)}: run "{made_by} --tasks {",".join(names)}" first')
-    return result
+def require_keys(path, rows, keys, made_by):
+    """Refused where a row of a result lacks a key, as one edited by hand may."""
+    for name, row in rows.items():
+        for key in keys:
+            if key not in row:
+                raise Refused(f'{path}: {name} lacks {key}: delete the file and run "{made_by}" again')

@@ -13,7 +13,7 @@ def learning_rate(step, steps, peak):
     warm_up = max(1, steps // 10)
     if step < warm_up:
         return peak * (step + 1) / warm_up
-    return peak * 0.5 * (1 + np.cos(np.pi * (step - warm_up) / max(1, steps - warm_up)))
+    return float(peak * 0.5 * (1 + np.cos(np.pi * (step - warm_up) / max(1, steps - warm_up))))
 
 
 def batches(n, batch_size, steps, generator):
@@ -60,8 +60,9 @@ def compare(folder, rows, how, steps):
 
 def median_cost(rows, steps):
     """Medians over tasks: parameters trained, seconds per step, peak bytes."""
-    median = {key: float(np.median([row[key] for row in rows.values()]))
-              for key in ("trainable_params", "seconds", "peak_memory_bytes")}
+    median = {}
+    for key in ("trainable_params", "seconds", "peak_memory_bytes"):
+        median[key] = float(np.median([row[key] for row in rows.values()]))
     return {"trainable_params": int(median["trainable_params"]),
             "seconds_per_step": median["seconds"] / steps,
             "peak_memory_bytes": median["peak_memory_bytes"]}

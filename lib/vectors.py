@@ -4,7 +4,7 @@ Task vectors: tau_t = theta_t - theta_pre, on disk and in sums.
     runs/ENCODER/NAME/finetuned/TASK.safetensors    theta_t, the parameters that were trained
     runs/ENCODER/NAME/vectors/TASK.safetensors      tau_t, with the recipe and the fingerprints it was made of
 """
-from lib.files import Refused, check_metadata, file_metadata, load_tensors, save_tensors
+from lib.files import Refused, check_metadata, file_metadata, load_tensors, read_json, save_tensors
 
 KEPT = ("theta_pre", "recipe", "task", "data", "head")     # of theta_t's metadata in its vector's
 
@@ -46,9 +46,11 @@ def vector_metadata(folder, task, encoder):
     path, made_by = vector_file(folder, task, encoder)
     about = file_metadata(path, made_by)
     check_metadata(path, about, made_by, theta_pre=encoder.fingerprint)
-    tuned = folder / "finetuned" / f"{task}.safetensors"
-    if tuned.exists() and file_metadata(tuned, "finetune.py")["sha256"] != about["finetuned"]:
-        raise Refused(f'{path} is not of {tuned}: run "{made_by}" first')
+    finetune = folder / "finetune.json"
+    if finetune.exists():
+        theta_t = theta_fingerprint(read_json(finetune, "python finetune.py"), task)
+        if about["finetuned"] != theta_t:
+            raise Refused(f'{path} is not of the theta_t in {finetune}: run "{made_by}" first')
     head, head_made_by = head_file(folder, about["recipe"], task, encoder.name)
     if file_metadata(head, head_made_by)["sha256"] != about["head"]:
         raise Refused(f"{path} was trained against another head than {head}: "
@@ -61,6 +63,11 @@ def load_vector(folder, task, encoder):
     vector_metadata(folder, task, encoder)
     vector, _ = load_tensors(*vector_file(folder, task, encoder))
     return vector
+
+
+def theta_fingerprint(finetuned, task):
+    """SHA-256 of a task's theta_t, as its row in finetune.json says."""
+    return finetuned["tasks"][task]["weights_sha256"][0]
 
 
 def vector_file(folder, task, encoder):

@@ -41,8 +41,17 @@ def snapshot(folder):
     return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in found}
 
 
+def contents(folder):
+    """{file: bytes} of all but locks, relative to the folder."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and path.suffix != ".lock":
+            found[path.relative_to(folder).as_posix()] = path.read_bytes()
+    return found
+
+
 def refuse(name, *words):
-    """Call a stage's main in this process; returns the refusal's text. Another exception, or none, fails the test."""
+    """Call a stage's main in this process; returns the refusal's text. Anything else fails the test."""
     with pytest.raises(files.Refused) as refusal:
         perform(name, *words)
     return str(refusal.value)
@@ -73,7 +82,7 @@ def as_a_process():
 
 
 def stage_module(name):
-    """A stage's module by its name, or made anew of the file at a path; what it imports is the repository's."""
+    """A stage's module by its name, or made anew of the file at a path; its imports are the repository's."""
     if isinstance(name, str):
         return importlib.import_module(name)
     spec = importlib.util.spec_from_file_location(name.stem, name)
@@ -93,6 +102,26 @@ def study(tmp_path_factory):
             if finished.returncode:
                 shutil.rmtree(runs, ignore_errors=True)
             assert finished.returncode == 0, finished.stdout + finished.stderr
+    return runs
+
+
+@pytest.fixture(scope="session")
+def both(study):
+    """The small study with the variant full and the subsets of tasks added; tests must leave it as it is."""
+    runs = study.parent / "both"
+    with filelock.FileLock(runs.with_suffix(".lock")):
+        if not (runs / "report/report.md").exists():
+            shutil.rmtree(runs, ignore_errors=True)
+            shutil.copytree(study, runs)
+            shared = ["tiny", "--runs", runs, "--name"]
+            perform("finetune", *shared, "full", "--steps", "20", "--batch-size", "32", "--lr", "1e-3")
+            perform("make_vectors", *shared, "full")
+            perform("merge_eval", *shared, "full", "--lambdas", "5")
+            perform("disentangle", *shared, "full", "--points", "5", "--samples", "60")
+            for name in ("aligned", "full"):
+                small = ["--lambdas", "3", "--per-size", "1", "--images-per-task", "40"]
+                perform("subsets", *shared, name, *small)
+            perform("report", "--runs", runs)
     return runs
 
 
@@ -134,8 +163,8 @@ def image_folder(folder, n_train=12, n_test=10, size=(20, 24), classes=("cat", "
 @pytest.fixture
 def args(tmp_path):
     """Shared flags of a stage, for calling the library part without a command line."""
-    words = ["tiny", "--runs", str(tmp_path / "runs"), "--device", "cpu", "--compile", "off", "--dtype", "fp32"]
-    return flags.stage_parser("").parse_args(words)
+    words = ["--device", "cpu", "--compile", "off", "--dtype", "fp32"]
+    return flags.stage_parser("").parse_args(["tiny", "--runs", str(tmp_path / "runs"), *words])
 
 
 @pytest.fixture

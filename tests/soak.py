@@ -1,14 +1,13 @@
 """
-Kill the stages with SIGKILL at random instants, start them again until they finish, and compare every file with those
-of an undisturbed run.
+Kill the stages with SIGKILL at random instants, start them again until they finish, and compare every file
+with those of an undisturbed run.
 
     python tests/soak.py 50                # 50 kills; RUNS folders are made in a temporary place
     python tests/soak.py 50 --seed 3
 
-Each stage is a fork of this process, which has imported everything, so that a kill costs no start-up. Ends in exit
-code 1 and the names of the files that differ. Prints its figures as one line of JSON.
+Each stage is a fork of this process, which has imported everything, so that a kill costs no start-up. Ends in
+exit code 1 and the names of the files that differ. Prints its figures as one line of JSON.
 """
-import argparse
 import importlib
 import json
 import os
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from two_processes import SHARED, STAGES
 
+from lib.flags import flag_parser
 from lib.study import run
 
 TRAINING_SAVED = ["--save-minutes", "1e-9"]  # at every step, so that a kill meets every state
@@ -33,7 +33,7 @@ OF_THE_MOMENT = ("machine", "command", "seconds", "seconds_per_step", "feature_s
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flag_parser(__doc__)
     parser.add_argument("kills", type=int, help="how often to kill in all")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -66,11 +66,12 @@ def undisturbed(runs):
 
 
 def disturbed(runs, seconds, kills, rng):
-    """Run every stage until it finishes, killed so many times in all, longer stages more often; returns the counts."""
+    """Run every stage until it finishes, killed so many times in all, longer ones more often: the counts."""
     killed = started = rounds = 0
     while killed < kills:
         if rounds:
-            shutil.rmtree(runs / "tiny/full", ignore_errors=True)    # again from the heads on, with other instants
+            # again from the heads on, with other instants
+            shutil.rmtree(runs / "tiny/full", ignore_errors=True)
         for index, stage in enumerate(STAGES):
             share, status = max(1, round(kills * seconds[index] / sum(seconds))), None
             while status != 0:

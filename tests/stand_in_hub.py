@@ -3,14 +3,15 @@ A stand-in for the Hugging Face hub on loopback, so that downloads are tested wi
 
     write_data_set(folder_a, {"default": DatasetDict(train=..., test=...)})
     write_timm_model(folder_b, timm.create_model("vit_base_patch16_224.dino"))
-    with serve({"datasets/tanganke/dtd": folder_a, "timm/vit_base_patch16_224.dino": folder_b}) as (url, seen):
+    repositories = {"datasets/tanganke/dtd": folder_a, "timm/vit_base_patch16_224.dino": folder_b}
+    with serve(repositories) as (url, seen):
         subprocess.run([sys.executable, "probe.py"], env=client_environment(url, fresh_folder), check=True)
     assert ("GET", "/timm/vit_base_patch16_224.dino/resolve/main/model.safetensors", 200) in seen
 
-It answers what datasets.load_dataset, timm.create_model(pretrained=True) and huggingface_hub's hf_hub_download and
-snapshot_download ask: a file or a range of it (resolve), repository information, listings (tree, paths-info); plain
-HTTP, never xet. For a missing repository the real hub tells an anonymous client 401, and it redirects to another host
-for large files; the clients come to the same end.
+It answers what datasets.load_dataset, timm.create_model(pretrained=True) and huggingface_hub's
+hf_hub_download and snapshot_download ask: a file or a range of it (resolve), repository information,
+listings (tree, paths-info); plain HTTP, never xet. For a missing repository the real hub tells an anonymous
+client 401, and it redirects to another host for large files; the clients come to the same end.
 """
 
 import contextlib
@@ -23,14 +24,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-# /REPOSITORY/resolve/REVISION/FILE, and once "api" and "models" are dropped /REPOSITORY[/VERB/REVISION[/PATH]]
-ADDRESS = re.compile(r"/((?:datasets/)?[^/]+/[^/]+)(?:/(resolve|revision|tree|paths-info)/([^/]+)(?:/(.+))?)?")
+# /REPOSITORY/resolve/REVISION/FILE, and without "api" and "models" /REPOSITORY[/VERB/REVISION[/PATH]]
+REPOSITORY, VERBS = r"(?:datasets/)?[^/]+/[^/]+", "resolve|revision|tree|paths-info"
+ADDRESS = re.compile(rf"/({REPOSITORY})(?:/({VERBS})/([^/]+)(?:/(.+))?)?")
 
 
 def write_data_set(folder, configs):
-    """Write a data-set repository as it lies on the hub: one parquet file per split, and the README that lists them.
+    """Write a data-set repository as it lies on the hub: a parquet file per split, a README that lists them.
 
-    configs  {config name: datasets.DatasetDict}; "default" is the config of a data set loaded without naming one
+    configs  {config name: datasets.DatasetDict}; "default" is that of a data set loaded without naming one
     """
     listed = []
     for config, splits in configs.items():
@@ -57,12 +59,13 @@ def client_environment(url, home):
     """
     foreign = re.compile(r"(HF|HUGGINGFACE|HUGGING_FACE|TRANSFORMERS)_|(https?|all|no)_proxy$", re.IGNORECASE)
     kept = {name: value for name, value in os.environ.items() if not foreign.match(name)}
-    ours = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    return kept | ours | {"HF_UPDATE_DOWNLOAD_COUNTS": "0"}  # datasets would count the download at another host
+    ours = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return kept | ours | {"HF_UPDATE_DOWNLOAD_COUNTS": "0"}  # datasets would count it at another host
 
 
 def listing(folder):
-    """{path: entry of a hub listing} for everything below `folder`; oid is a file's sha256, a folder's is empty."""
+    """{path: entry of a hub listing} of all below `folder`; oid is a file's sha256, a folder's empty."""
     entries = {}
     for path in sorted(Path(folder).rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -77,13 +80,14 @@ def listing(folder):
 def serve(repositories):
     """Serve local folders as hub repositories while the block runs.
 
-    repositories  {"datasets/OWNER/NAME" or, for a model, "OWNER/NAME": folder}; read on entry, must not change after
-    Yields        (url, seen): the value for HF_ENDPOINT, and the list of (method, path, status) answered so far
+    repositories  {"datasets/OWNER/NAME" or, for a model, "OWNER/NAME": folder}; read on entry, not after
+    Yields        (url, seen): the value for HF_ENDPOINT, and a list of (method, path, status) answered so far
     Errors        FileNotFoundError if a folder is missing or empty
     """
     entries = {repo: listing(folder) for repo, folder in repositories.items()}
-    if empty := [f"{repositories[repo]} holds no file to serve as {repo}" for repo in entries if not entries[repo]]:
-        raise FileNotFoundError("; ".join(empty))
+    for repo in entries:
+        if not entries[repo]:
+            raise FileNotFoundError(f"{repositories[repo]} holds no file to serve as {repo}")
     commits = {repo: hashlib.sha1(json.dumps(entries[repo]).encode()).hexdigest() for repo in entries}
     seen = []
 
@@ -101,7 +105,8 @@ def serve(repositories):
             here, path, headers = entries[repo], unquote(path or ""), {"X-Repo-Commit": commits[repo]}
             if revision not in (None, "main", commits[repo]):
                 return self.answer(404, headers=headers | {"X-Error-Code": "RevisionNotFound"})
-            if (path and path not in here) or (verb == "resolve" and here.get(path, {}).get("type") != "file"):
+            is_file = here.get(path, {}).get("type") == "file"
+            if (path and path not in here) or (verb == "resolve" and not is_file):
                 return self.answer(404, headers=headers | {"X-Error-Code": "EntryNotFound"})
             if verb == "resolve":
                 return self.answer_file(Path(repositories[repo]) / path, here[path], headers)
@@ -109,10 +114,12 @@ def serve(repositories):
                 return self.answer(200, [here[name] for name in parse_qs(body)["paths"] if name in here])
             if verb == "tree":
                 below, deep = path and path + "/", "recursive=true" in url.query.lower()
-                inside = [name for name in here if name.startswith(below) and (deep or "/" not in name[len(below) :])]
-                return self.answer(200, [here[name] for name in inside])
+                inside = [name for name in here if name.startswith(below)]
+                listed = [name for name in inside if deep or "/" not in name[len(below):]]
+                return self.answer(200, [here[name] for name in listed])
             siblings = [{"rfilename": name} for name in here if here[name]["type"] == "file"]
-            self.answer(200, {"id": repo.removeprefix("datasets/"), "sha": commits[repo], "siblings": siblings})
+            about = {"id": repo.removeprefix("datasets/"), "sha": commits[repo], "siblings": siblings}
+            self.answer(200, about)
 
         do_HEAD = do_POST = do_GET
 

@@ -46,6 +46,11 @@ def test_unknown_tasks(study, tasks, said):
     assert snapshot(study) == before
 
 
+def write_a_note(folder):
+    folder.mkdir()
+    (folder / "notes.txt").write_text("hello")
+
+
 def break_nothing(folder):
     image_folder(folder)
     shutil.rmtree(folder / "test")
@@ -64,7 +69,7 @@ def break_parquet(folder):
 
 @pytest.mark.parametrize("make, said", [
     (lambda folder: folder.mkdir(), "does not load as a data set"),
-    (lambda folder: (folder.mkdir(), (folder / "notes.txt").write_text("hello")), "train and test are needed"),
+    (write_a_note, "train and test are needed"),
     (break_nothing, "train and test are needed"),
     (break_image, "image 7 of split train cannot be decoded"),
     (break_parquet, "does not load as a data set"),
@@ -153,7 +158,8 @@ def test_a_missing_earlier_stage_is_named(copy, name, gone, said):
 @pytest.mark.parametrize("name, file", [
     ("probe", "tiny/pretrained.safetensors"), ("finetune", "tiny/heads/signs.safetensors"),
     ("make_vectors", "tiny/aligned/finetuned/signs.safetensors"),
-    ("merge_eval", "tiny/aligned/vectors/signs.safetensors"), ("merge_eval", "tiny/features/signs.safetensors"),
+    ("merge_eval", "tiny/aligned/vectors/signs.safetensors"),
+    ("merge_eval", "tiny/features/signs.safetensors"),
 ])
 def test_a_cut_or_altered_file_is_refused_by_name(copy, name, file, damage):
     content = bytearray((copy / file).read_bytes())

@@ -12,8 +12,9 @@ import pytest
 import torch
 import two_processes
 from conftest import ROOT, TASKS, as_a_process, perform, stage
-from lib import results
 from soak import numbers
+
+from lib import results
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ALL_TASKS = ["--tasks", ",".join(TASKS)]
@@ -91,7 +92,8 @@ def test_rows_another_job_wrote_meanwhile_are_kept(tmp_path, protected):
 def test_rows_of_other_settings_that_another_job_wrote_meanwhile_are_set_aside_by_an_analysis(tmp_path):
     path = tmp_path / "finetune.json"
     with as_a_process():
-        mine, theirs = (rows_job(path, ["cars"], protected=False), rows_job(path, ["dtd"], 1, protected=False))
+        mine = rows_job(path, ["cars"], protected=False)
+        theirs = rows_job(path, ["dtd"], seed=1, protected=False)
         make_row(theirs, "dtd")
         before = path.read_bytes()
         make_row(mine, "cars")
@@ -100,16 +102,27 @@ def test_rows_of_other_settings_that_another_job_wrote_meanwhile_are_set_aside_b
     assert kept.read_bytes() == before
 
 
+def test_jobs_claim_rows_in_one_order_so_that_no_two_wait_for_each_other(tmp_path, monkeypatch):
+    claimed, claim = [], results.claim
+    monkeypatch.setattr(results, "claim", lambda path, name: claimed.append(name) or claim(path, name))
+    for rows in (["signs", "glyphs", "textures"], ["textures", "signs", "glyphs"]):
+        with as_a_process():
+            rows_job(tmp_path / "finetune.json", rows)
+    assert len(claimed) == 6 and claimed[:3] == claimed[3:]
+
+
 # --------------------------------------------------------------------------------------- ended midway
 
 
 @pytest.mark.parametrize("name, words, function, made, kept", [
     ("merge_eval", ["--lambdas", "14"], "hits", ["merge.json"], "merge"),
-    ("disentangle", ["--points", "5", "--samples", "60", "--metric", "both", "--pairs", "glyphs-signs"], "features",
-     ["disentangle.json", "representation.json", "representation/glyphs-signs.npz"], "disentangle-glyphs-signs"),
+    ("disentangle", ["--points", "5", "--samples", "60", "--metric", "both", "--pairs", "glyphs-signs"],
+     "features", ["disentangle.json", "representation.json", "representation/glyphs-signs.npz"],
+     "disentangle-glyphs-signs"),
 ])
-def test_an_interrupted_search_or_heat_map_goes_on_where_it_was(copy, monkeypatch, name, words, function, made, kept):
-    """Interrupted at the evaluator's third call: the first two are not made again, the result is an undisturbed one's."""
+def test_an_interrupted_search_or_heat_map_goes_on_where_it_was(copy, monkeypatch, name, words, function,
+                                                                made, kept):
+    """Interrupted at the evaluator's third call: the first two are not made again, the result is the same."""
     asked, evaluate = [], getattr(common.Evaluator, function)
 
     def counting(self, *given):
@@ -125,7 +138,7 @@ def test_an_interrupted_search_or_heat_map_goes_on_where_it_was(copy, monkeypatc
         return found
 
     monkeypatch.setattr(common.Evaluator, function, counting)
-    command, stop = [name, "tiny", "--runs", copy, *ALL_TASKS, *words], 0
+    command, stop = [name, "tiny", "--runs", copy, "--tasks", "glyphs,signs", *words], 0
     paths = [copy / "tiny/aligned" / file for file in made]
     state = copy / f"tiny/aligned/state/{kept}.json"
     perform(*command, "--overwrite")
@@ -151,8 +164,8 @@ def test_a_second_process_waits_for_the_first_and_finds_its_result(copy):
     whole = path.read_text()
     path.unlink()
     lock = results.claim(path, "merge")                    # this process is the first
-    second = subprocess.Popen([sys.executable, "-u", "merge_eval.py", "tiny", "--runs", copy, *ALL_TASKS], cwd=ROOT,
-                              stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-u", "merge_eval.py", "tiny", "--runs", copy, *ALL_TASKS]
+    second = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     said = []
     try:
         for line in second.stdout:
@@ -194,7 +207,10 @@ def test_a_lock_that_fails_for_another_reason_ends_the_stage(copy, monkeypatch):
 
 
 def test_killed_anywhere_then_rerun_equals_uninterrupted():
-    """SIGKILL at random instants of every heavy stage, the training state saved at every step; soak.sh N goes longer."""
+    """SIGKILL at random instants of every heavy stage, the training state saved at every step.
+
+    tests/soak.sh N runs it longer.
+    """
     finished = stage(sys.executable, "tests/soak.py", "4")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     figures = json.loads(finished.stdout)

@@ -50,8 +50,9 @@ def test_help_shows_the_docstring(name, capsys):
 
 
 @pytest.mark.parametrize("name, words", [
-    ("probe", ["tiny", "--seed", "-1"]), ("finetune", ["tiny", "--steps", "0"]), ("finetune", ["tiny", "--lr", "nan"]),
-    ("disentangle", ["tiny", "--limit", "x"]), ("merge_eval", ["tiny", "--lamda-max", "1"]), ("probe", []),
+    ("probe", []), ("probe", ["tiny", "--seed", "-1"]), ("finetune", ["tiny", "--steps", "0"]),
+    ("finetune", ["tiny", "--lr", "nan"]), ("disentangle", ["tiny", "--limit", "x"]),
+    ("merge_eval", ["tiny", "--lamda-max", "1"]),
     ("finetune", ["tiny", "--recipe", "magic"]), ("make_vectors", ["tiny", "--recipe", "magic"]),
 ])
 def test_a_wrong_flag_is_one_line_and_exit_code_2(name, words, capsys):

@@ -1,4 +1,4 @@
-"""The report, on copies of the small study with other recipes and subsets of tasks added."""
+"""The report: the three questions, what is there beside the published numbers, commands for what is not."""
 import json
 import re
 import shutil
@@ -11,41 +11,46 @@ from conftest import TASKS, perform
 from lib import files
 
 
-@pytest.fixture(scope="module")
-def both(study, tmp_path_factory):
-    """The small study with recipe full and the subsets of tasks added."""
-    runs = Path(shutil.copytree(study, tmp_path_factory.mktemp("both") / "runs"))
-    shared = ["tiny", "--runs", runs, "--tasks", ",".join(TASKS), "--name", "full"]
-    perform("finetune", *shared, "--steps", "20", "--batch-size", "32", "--lr", "1e-3")
-    perform("make_vectors", *shared)
-    perform("merge_eval", *shared, "--lambdas", "5")
-    perform("disentangle", *shared, "--points", "5", "--samples", "60")
-    for name in ("aligned", "full"):
-        perform("subsets", *shared[:-1], name, "--lambdas", "3", "--per-size", "1", "--images-per-task", "40")
-    perform("report", "--runs", runs)
-    return runs
-
-
-def test_the_report_shows_what_is_there_and_the_command_for_what_is_not(both, study, tmp_path):
+def test_the_report_opens_with_the_three_questions_answered_from_the_stages_files(both):
     text = (both / "report/report.md").read_text()
-    merge = json.loads((both / "tiny/full/merge.json").read_text())
-    assert f"| tiny | ours | 3 | 3000 | {100 * np.mean(list(merge['single_task'].values())):.1f} | {100 * merge['test']['absolute']:.1f} |" in text
+    opening = text[:text.index("| encoder |")]
+    merge, full = (json.loads((both / f"tiny/{name}/merge.json").read_text()) for name in ("aligned", "full"))
+    xi = json.loads((both / "tiny/aligned/disentangle.json").read_text())["pairs"]["glyphs-signs"]
+    gain, test = merge["gain"], merge["test"]
+    for said in (f"at lambda = {merge['best_lambda']:g} it gets {100 * test['absolute']:.1f} % of the 3,000",
+                 f"xi = {xi['mean_xi_in_box']:.2f} in [-1, 1]^2", "not measured (precision.py)",
+                 f"Addition minus probing is {100 * gain['mean']:+.1f} points, with a paired standard error "
+                 f"of {100 * gain['standard_error']:.1f} (n = 3,000)", f"on {gain['tasks_won']} of 3 tasks",
+                 f"The control full, whose heads train along, gets {100 * full['test']['absolute']:.1f} %"):
+        assert said in opening, said
+    assert merge["gain"]["mean"] == pytest.approx(test["absolute"] - merge["test_lambda0"]["absolute"])
+
+
+def test_every_picture_is_there_and_in_the_page(both):
+    text, page = (both / "report/report.md").read_text(), (both / "report/report.html").read_text()
     for link in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert (both / "report" / link).exists()
-    page = (both / "report/report.html").read_text()
     assert page.count("data:image/png;base64,") == text.count("![") and "src='http" not in page
+    merge = json.loads((both / "tiny/full/merge.json").read_text())
+    single = np.mean(list(merge["single_task"].values()))
+    numbers = [merge["test_lambda0"]["absolute"], single, merge["test"]["absolute"]]
+    assert f"| tiny | full | 3 | 3000 | {' | '.join(f'{100 * number:.1f}' for number in numbers)} |" in text
+
+
+def test_the_report_names_the_command_for_what_is_not_there(both, tmp_path):
     half = Path(shutil.copytree(both, tmp_path / "runs"))
     shutil.rmtree(half / "report")
     (half / "tiny/full/merge.json").unlink()
     cut = files.read_json(half / "tiny/full/scaling.json", "")             # as a killed run leaves it
-    files.write_json(half / "tiny/full/scaling.json", cut | {"subsets": cut["subsets"][:4]})
+    rows = dict(list(cut["subsets"].items())[:4])
+    files.write_json(half / "tiny/full/scaling.json", cut | {"subsets": rows})
     shutil.rmtree(half / "tiny/aligned")
     perform("report", "--runs", half)
     text = (half / "report/report.md").read_text()
-    shared = f"tiny --runs {study} --tasks {','.join(TASKS)}"  # as probe.py was called
-    assert f"| tiny | full | python merge_eval.py {shared} --recipe full |" in text and f"| tiny | aligned | python finetune.py {shared} --recipe aligned |" in text
-    assert "| tiny | full | python finetune.py" not in text and "zeroshot" not in text  # the one is there, the other impossible
-    assert f"| {half}/tiny/full/scaling.json | python merge_eval.py tiny --runs {both} --tasks {','.join(TASKS)} --recipe full --lambdas 3 --subsets 1 --images-per-task 40 |" in text
+    assert f"| tiny | full | python merge_eval.py tiny --runs {half} --name full |" in text
+    assert f"| tiny | aligned | python finetune.py tiny --runs {half} --name aligned |" in text
+    assert "| tiny | full | python finetune.py" not in text and "zeroshot" not in text    # there; impossible
+    assert f"| {half}/tiny/full/scaling.json | {cut['command']} |" in text
     assert f"| tiny | full | {cut['command']} |" in text
     assert "Table 1" not in text and "Table 3" not in text
     with pytest.raises(files.Refused, match="no results"):
@@ -55,10 +60,12 @@ def test_the_report_shows_what_is_there_and_the_command_for_what_is_not(both, st
 def test_encoders_that_differ_in_data_or_scale_are_compared(both, tmp_path):
     for name in ("vit_b16_sup_in1k", "vit_b16_sup_in21k"):  # the small study under two of the paper's names
         shutil.copytree(both / "tiny", tmp_path / "runs" / name)
-        files.write_json(tmp_path / "runs" / name / "probe.json", files.read_json(both / "tiny/probe.json", "") | {"encoder": name})
+        probe = files.read_json(both / "tiny/probe.json", "")
+        files.write_json(tmp_path / "runs" / name / "probe.json", probe | {"encoder": name})
     perform("report", "--runs", tmp_path / "runs")
     pictures = {path.name for path in (tmp_path / "runs/report").glob("*.png")}
-    assert {"scaling-vit_b16_sup_in1k-vit_b16_sup_in21k.png", "disentangle-glyphs-signs-vit_b16_sup_in1k-vit_b16_sup_in21k.png"} <= pictures
+    compared = "vit_b16_sup_in1k-vit_b16_sup_in21k.png"
+    assert {f"scaling-{compared}", f"disentangle-glyphs-signs-{compared}"} <= pictures
 
 
 def test_the_report_over_seeds_gives_mean_and_deviation(both, tmp_path):
@@ -75,7 +82,6 @@ def test_the_report_over_seeds_gives_mean_and_deviation(both, tmp_path):
 
 
 def test_the_report_compares_attention_and_linearized_with_what_trains_everything(copy):
-    """Moved here from test_attention_and_linearized.py's way through every stage."""
     for name in ("attention", "linearized"):
         shared = ["tiny", "--runs", copy, "--tasks", ",".join(TASKS[:2]), "--name", name]
         perform("finetune", *shared, "--steps", "6", "--batch-size", "32", "--lr", "1e-3")
@@ -88,5 +94,15 @@ def test_the_report_compares_attention_and_linearized_with_what_trains_everythin
     for name in ("metrics-tiny-glyphs-signs", "cosines-tiny", "advantage", "posthoc"):
         assert report.count(f"]({name}.png)") == 1
     # its cost against aligned
-    assert re.search(r"\| tiny \| linearized \| [\d,]+ \| 1.00 \| [\d.]+ \| [\d.]+ \|", report)
+    assert re.search(r"\| tiny \| linearized \|.*\| 1.00 \| [\d.]+ \| [\d.]+ \|\n", report)
     assert "| tiny | attention | 2 | 200 |" in report and "python posthoc.py" in report
+    for name in ("attention", "linearized"):               # non-linear advantage: what the recipe loses alone
+        rows = {}
+        for variant in ("aligned", name):
+            rows[variant] = json.loads((copy / f"tiny/{variant}/finetune.json").read_text())
+        gaps = []
+        for task, row in rows[name]["tasks"].items():
+            gaps.append(rows["aligned"]["tasks"][task]["test"] - row["test"])
+        assert rows[name]["against"]["nonlinear_advantage"] == pytest.approx(np.mean(gaps))
+        assert f"| tiny | {name} | {name} | 2 | 2000 |" in report
+        assert f"| {100 * np.mean(gaps):+.1f} |" in report

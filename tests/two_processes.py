@@ -1,4 +1,4 @@
-"""`torchrun --nproc-per-node 2 tests/two_processes.py RUNS`: the heavy stages, one after another, on two processes."""
+"""`torchrun --nproc-per-node 2 tests/two_processes.py RUNS`: the heavy stages in turn, on two processes."""
 import importlib
 import sys
 from pathlib import Path
@@ -20,7 +20,7 @@ def main(runs):
     for name, words in STAGES:
         stage = importlib.import_module(name)
         stage.main(stage.parse_args([*SHARED, runs, *words]))
-        ranks.wait()                                       # as at the end of a torchrun: rank 0 has written all
+        ranks.wait()                         # as at the end of a torchrun: rank 0 has written everything
 
 
 if __name__ == "__main__":

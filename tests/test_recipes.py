@@ -1,8 +1,6 @@
 """Recipe full, subsets of tasks, geometry of the vectors, and bf16, on a copy of the small study."""
 import itertools
 import json
-import shutil
-from pathlib import Path
 
 import common
 import make_vectors
@@ -14,20 +12,6 @@ from conftest import TASKS, perform, refuse
 
 from lib import files, vectors
 from lib.study import open_study
-
-
-@pytest.fixture(scope="module")
-def both(study, tmp_path_factory):
-    """The small study with recipe full and the subsets of tasks added."""
-    runs = Path(shutil.copytree(study, tmp_path_factory.mktemp("both") / "runs"))
-    shared = ["tiny", "--runs", runs, "--tasks", ",".join(TASKS), "--name"]
-    perform("finetune", *shared, "full", "--steps", "20", "--batch-size", "32", "--lr", "1e-3")
-    perform("make_vectors", *shared, "full")
-    perform("merge_eval", *shared, "full", "--lambdas", "5")
-    perform("disentangle", *shared, "full", "--points", "5", "--samples", "60")
-    for name in ("aligned", "full"):
-        perform("subsets", *shared, name, "--lambdas", "3", "--per-size", "1", "--images-per-task", "40")
-    return runs
 
 
 def test_full_trains_its_own_head_and_leaves_the_probed_one(both, study):
@@ -108,7 +92,7 @@ def test_overlap_of_subspaces_is_one_with_itself_and_by_chance_between_random_on
     overlap = [float((a.T @ b).square().sum() / 8) for a, b in itertools.combinations(bases, 2)]
     assert float((bases[0].T @ bases[0]).square().sum() / 8) == pytest.approx(1)
     assert np.mean(overlap) == pytest.approx(8 / 96, rel=0.15)
-    matrix = np.array(make_vectors.overlaps(bases))        # the stage's own, the same numbers
+    matrix = np.array(make_vectors.pairwise(make_vectors.overlap_of, bases))    # the stage's own
     np.testing.assert_allclose(matrix[np.triu_indices(12, 1)], overlap)
     np.testing.assert_allclose(np.diag(matrix), 1)
     noise = 1e-3 * torch.randn(50, 20, generator=generator)
