@@ -91,6 +91,14 @@ def stage_module(name):
     return module
 
 
+LONG_WITHOUT_STUDY = ["test_golden", "test_killed_anywhere"]
+
+
+def pytest_collection_modifyitems(items):
+    """Long tests that need no study come first: one worker runs them while the other makes the study."""
+    items.sort(key=lambda item: not any(name in item.nodeid for name in LONG_WITHOUT_STUDY))
+
+
 @pytest.fixture(scope="session")
 def study(tmp_path_factory):
     """The runs folder of a finished small study; tests must leave it as it is (copy it to change it)."""
