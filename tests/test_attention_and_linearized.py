@@ -228,6 +228,26 @@ def check_vector_reproduces_finetuned_hits(runs, name, kind):
     assert (val, test) == (row["hits_val"], row["hits_test"])
 
 
+def check_report_compares_with_what_trains_everything(copy):
+    perform("report", "--runs", copy)
+    report = (copy / "report/report.md").read_text()
+    for name in ("metrics-tiny-glyphs-signs", "cosines-tiny", "advantage", "posthoc"):
+        assert report.count(f"]({name}.png)") == 1
+    # its cost against aligned
+    assert re.search(r"\| tiny \| linearized \|.*\| 1.00 \| [\d.]+ \| [\d.]+ \|\n", report)
+    assert "| tiny | attention | 2 | 200 |" in report and "python posthoc.py" in report
+    for name in ("attention", "linearized"):               # non-linear advantage: what the recipe loses alone
+        rows = {}
+        for variant in ("aligned", name):
+            rows[variant] = json.loads((copy / f"tiny/{variant}/finetune.json").read_text())
+        gaps = []
+        for task, row in rows[name]["tasks"].items():
+            gaps.append(rows["aligned"]["tasks"][task]["test"] - row["test"])
+        assert rows[name]["against"]["nonlinear_advantage"] == pytest.approx(np.mean(gaps))
+        assert f"| tiny | {name} | {name} | 2 | 2000 |" in report
+        assert f"| {100 * np.mean(gaps):+.1f} |" in report
+
+
 def test_attention_and_linearized_go_through_every_stage(copy):
     pre, _ = files.load_tensors(copy / "tiny/pretrained.safetensors", "")
     for recipe in ("attention", "linearized"):
@@ -258,6 +278,7 @@ def test_attention_and_linearized_go_through_every_stage(copy):
     # later stages read from finetune.json which function it is that the vectors belong to
     check_vector_reproduces_finetuned_hits(copy, "attention", common.Evaluator)
     check_vector_reproduces_finetuned_hits(copy, "linearized", linearized.LinearizedEvaluator)
+    check_report_compares_with_what_trains_everything(copy)
 
 
 @pytest.mark.parametrize("left", ["with its fine-tuned encoders", "without them"])

@@ -122,7 +122,7 @@ echo "$@" >> {log}
     assert [line.split()[0] for line in asked[:2]] == ["pretrain", "probe"] and asked[-1] == "report"
     for line in asked:
         if any(f"--name {name} " in f"{line} " for name in SECOND_PAPER[1:4]):
-            continue                                       # differ from attention in a regular expression only
+            continue                                       # differ from attention in one expression only
         words = as_run(line, left)
         if line.startswith("finetune") and "--name aligned" not in line:
             words = [*words, *FEW_STEPS]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TASKS, perform
+from conftest import perform
 
 from lib import files
 
@@ -79,30 +79,3 @@ def test_the_report_over_seeds_gives_mean_and_deviation(both, tmp_path):
     perform("report", "--runs", half, "--seeds", tmp_path / "seed1", tmp_path / "nothing")
     assert "| tiny | aligned | 2 |" in (text := (half / "report/report.md").read_text())
     assert f"{100 * (first + 0.01):.1f} +- {100 * 0.02 / 2 ** 0.5:.1f}" in text
-
-
-def test_the_report_compares_attention_and_linearized_with_what_trains_everything(copy):
-    for name in ("attention", "linearized"):
-        shared = ["tiny", "--runs", copy, "--tasks", ",".join(TASKS[:2]), "--name", name]
-        perform("finetune", *shared, "--steps", "6", "--batch-size", "32", "--lr", "1e-3")
-        perform("make_vectors", *shared)
-        perform("merge_eval", *shared, "--lambdas", "5")
-        perform("disentangle", *shared, "--points", "3", "--samples", "40", "--metric", "both")
-    perform("posthoc", *shared[:-1], "attention", "--images-per-task", "100")
-    perform("report", "--runs", copy)
-    report = (copy / "report/report.md").read_text()
-    for name in ("metrics-tiny-glyphs-signs", "cosines-tiny", "advantage", "posthoc"):
-        assert report.count(f"]({name}.png)") == 1
-    # its cost against aligned
-    assert re.search(r"\| tiny \| linearized \|.*\| 1.00 \| [\d.]+ \| [\d.]+ \|\n", report)
-    assert "| tiny | attention | 2 | 200 |" in report and "python posthoc.py" in report
-    for name in ("attention", "linearized"):               # non-linear advantage: what the recipe loses alone
-        rows = {}
-        for variant in ("aligned", name):
-            rows[variant] = json.loads((copy / f"tiny/{variant}/finetune.json").read_text())
-        gaps = []
-        for task, row in rows[name]["tasks"].items():
-            gaps.append(rows["aligned"]["tasks"][task]["test"] - row["test"])
-        assert rows[name]["against"]["nonlinear_advantage"] == pytest.approx(np.mean(gaps))
-        assert f"| tiny | {name} | {name} | 2 | 2000 |" in report
-        assert f"| {100 * np.mean(gaps):+.1f} |" in report
