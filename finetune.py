@@ -27,7 +27,7 @@ from common import (Head, cached_features, count_hits, head_tensors, load_head, 
                     save_head)
 from lib import devices, flags, linearized, ranks
 from lib.encoders import weights_of
-from lib.files import (Refused, checksum, file_metadata, fingerprint, load_state, read_json, save_state,
+from lib.files import (Refused, checksum, file_metadata, fingerprint, load_state, save_state,
                        save_tensors)
 from lib.progress import progress
 from lib.study import open_study, run

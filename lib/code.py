@@ -3,7 +3,6 @@ Code is a setting: which files a stage's numbers come from, and whether they hav
 """
 import ast
 import hashlib
-from pathlib import Path
 
 # what stands between a stage and its numbers without making them; generated pictures have a fingerprint of
 # their own

@@ -12,7 +12,6 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import Evaluator
-from lib import ranks
 from lib.encoders import weights_of
 
 
