@@ -10,8 +10,8 @@ Fine-tune the encoder on each task: with its probed head frozen, or under anothe
 
 Reads   runs/ENCODER/pretrained.safetensors, for recipes on probed heads heads/TASK.safetensors (probe.py)
 Writes  runs/ENCODER/NAME/finetuned/TASK.safetensors, finetune.json, for other heads also
-        heads/TASK.safetensors; while a task trains state/TASK-*.state, from which the same command continues
-        after a kill, bit for bit on a CPU
+        heads/TASK.safetensors; while a task trains state/finetune-TASK-*.state, from which the same command
+        continues after a kill, bit for bit on a CPU
 Source  arXiv:2511.14569 section 3.1, appendices B, C, G and H: AdamW, 2,000 steps of 128, warm-up, cosine to
         0; arXiv:2407.07089 for the recipes that train attention alone, or in the tangent space
 """
@@ -138,7 +138,7 @@ def main(args):
         """What train returns for a task at a learning rate; its state is kept until the row is written."""
         plan = settings | {"lr": lr, "seed": study.seed}
         identity = [result.config, result.version, made_of[name], fingerprint(head_tensors(heads[name])), lr]
-        state = study.here / "state" / f"{name}-{checksum(identity)[:10]}.state"
+        state = result.training_state(name, checksum(identity))
         amp = device.type == "cuda" and study.dtype == torch.bfloat16    # bf16 trains no faster on CPUs
         return train(forward, module, encoder, tasks[name], heads[name], recipe, plan, amp, state,
                      args.save_minutes)
@@ -201,8 +201,6 @@ def main(args):
             with result.saving(name):
                 result.rows[name] = row
                 result.values |= compare(study.folder, result.rows, how, settings["steps"])
-            for state in (study.here / "state").glob(f"{name}-{'?' * 10}.state"):    # not of a task NAME-MORE
-                state.unlink(missing_ok=True)
             print(f"finetune {name}: validation {row['val']:.4f}, test {row['test']:.4f} "
                   f"(n = {row['n_test']}), {row['seconds']:.1f} s, {row['images_per_second']:.0f} img/s",
                   flush=True)

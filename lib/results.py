@@ -254,9 +254,16 @@ class Result:
         about = {"config": self.config, "made_of": [self.version, self.inputs[row]]}
         write_json(self.state_path(row), about | {"state": state} | self.provenance)
 
+    def training_state(self, row, checksum):
+        """Where a training keeps the state of a row, for forget to find."""
+        return self.state_path(row).with_name(f"{self.row_name(row)}-{checksum[:10]}.state")
+
     def forget(self, row):
+        """Remove the states of a row that is finished."""
         if ranks.rank() == 0:
-            self.state_path(row).unlink(missing_ok=True)
+            of_training = self.training_state(row, "?" * 10)    # not those of a row named ROW-MORE
+            for path in (self.state_path(row), *of_training.parent.glob(of_training.name)):
+                path.unlink(missing_ok=True)
 
 
 def differences(there, asked):

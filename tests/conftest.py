@@ -18,11 +18,12 @@ from lib import encoders, files, flags, results
 
 TASKS = ["glyphs", "signs", "textures"]
 SMALL = ["--tasks", ",".join(TASKS), "--pretrain-steps", "80", "--probe-steps", "300",
-         "--steps", "20", "--batch-size", "32", "--points", "5", "--samples", "100"]
+         "--steps", "20", "--batch-size", "32", "--lambdas", "11", "--points", "5", "--samples", "100"]
 TIMM = "timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 STAGES = {  # the settings of SMALL, stage by stage
     "probe": ["--probe-steps", "300"], "finetune": ["--steps", "20", "--batch-size", "32", "--lr", "5e-4"],
-    "make_vectors": [], "merge_eval": [], "disentangle": ["--points", "5", "--samples", "100"],
+    "make_vectors": [], "merge_eval": ["--lambdas", "11"],
+    "disentangle": ["--points", "5", "--samples", "100"],
 }
 RESULT = {"probe": "tiny/probe.json", "finetune": "tiny/aligned/finetune.json",
           "make_vectors": "tiny/aligned/vectors.json", "merge_eval": "tiny/aligned/merge.json",
@@ -91,12 +92,16 @@ def stage_module(name):
     return module
 
 
-LONG_WITHOUT_STUDY = ["test_golden", "test_killed_anywhere"]
-
-
 def pytest_collection_modifyitems(items):
-    """Long tests that need no study come first: one worker runs them while the other makes the study."""
-    items.sort(key=lambda item: not any(name in item.nodeid for name in LONG_WITHOUT_STUDY))
+    """One worker makes the study at once, another runs meanwhile what needs none, the longest first."""
+    def order(item):
+        return "study" in item.fixturenames, "killed_anywhere" not in item.nodeid
+
+    items.sort(key=order)
+    first = next((item for item in items if "study" in item.fixturenames), None)
+    if first:
+        items.remove(first)
+        items.insert(0, first)
 
 
 @pytest.fixture(scope="session")

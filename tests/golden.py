@@ -1,16 +1,19 @@
 """
-Pin what every stage computes on a small study: hits, chosen lambdas and learning rates, xi, and the weights.
+What every stage computes on a small study, hits, chosen lambdas and learning rates, xi and the weights, by
+the code of an earlier commit and by today's: a change not meant to change a number changes none of them.
 
-    python tests/golden.py            # compare with tests/golden.json; exit code 1 and any differences
-    python tests/golden.py --write    # a change is meant to change a number: pin anew, say why in the commit
+    python tests/golden.py HEAD            # before committing; exit code 1 and the numbers that differ
+    python tests/golden.py --numbers       # today's, as JSON
 
-In fp32 on one CPU thread; the numbers are those of one kind of processor and one version of torch, both named
-in the file.
+Both run here, in fp32 on one CPU thread, since the last bits differ between kinds of processors and versions
+of torch. Each commit's own tests/golden.py says what its study is.
 """
 import argparse
+import contextlib
 import importlib
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -20,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 
-PINNED = Path(__file__).with_name("golden.json")
+ROOT = Path(__file__).parent.parent
 SHARED = ["tiny", "--device", "cpu", "--dtype", "fp32", "--compile", "off"]
 TASKS = ["--tasks", "glyphs,textures"]
 TRAINING = {  # name: how its theta_t are made
@@ -106,46 +109,52 @@ def weights(path):
         return json.loads(file.metadata()["about"])["sha256"]
 
 
-def machine():
-    return {"torch": str(torch.__version__), "cpu": torch.backends.cpu.get_cpu_capability()}
-
-
-def differences(pinned, found, where=""):
+def differences(before, now, where=""):
     """The paths at which two nested results differ, with both values."""
-    if isinstance(pinned, dict) and isinstance(found, dict):
-        return [line for key in dict.fromkeys([*pinned, *found])
-                for line in differences(pinned.get(key), found.get(key), f"{where}/{key}")]
-    return [] if pinned == found else [f"{where}: pinned {str(pinned)[:200]}, found {str(found)[:200]}"]
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return [] if before == now else [f"{where}: {str(before)[:200]} before, {str(now)[:200]} now"]
+    found = []
+    for key in before | now:
+        found += differences(before.get(key), now.get(key), f"{where}/{key}")
+    return found
 
 
-def study(runs):
-    """Run every stage in this process, in a runs folder."""
+def numbers_of_today():
+    """Run every stage in this process, its output on stderr, and collect."""
     torch.set_num_threads(1)
-    for stage, words in commands():
-        words = [*SHARED, "--runs", str(runs), *words]
-        sys.argv = [f"{stage}.py", *words]
-        module = importlib.import_module(stage)
-        module.main(module.parse_args(words))
+    with tempfile.TemporaryDirectory() as runs, contextlib.redirect_stdout(sys.stderr):
+        for stage, words in commands():
+            words = [*SHARED, "--runs", runs, *words]
+            sys.argv = [f"{stage}.py", *words]
+            module = importlib.import_module(stage)
+            module.main(module.parse_args(words))
+        return collect(Path(runs))
+
+
+def numbers_of(commit):
+    """The same by a commit's own code, in a worktree of its own."""
+    git = ["git", "-C", ROOT, "worktree"]
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        subprocess.run([*git, "add", "--quiet", "--detach", tree, commit], check=True)
+        try:
+            command = [sys.executable, tree / "tests/golden.py", "--numbers"]
+            return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        finally:
+            subprocess.run([*git, "remove", "--force", tree], check=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="pin today's numbers")
-    parser.add_argument("--runs", type=Path, help="keep the study in this folder")
+    parser.add_argument("commit", nargs="?", default="HEAD", help="compare with its code (default HEAD)")
+    parser.add_argument("--numbers", action="store_true", help="only print today's numbers")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        runs = args.runs or Path(folder)
-        study(runs)
-        numbers = collect(runs)
-    if args.write:
-        PINNED.write_text(json.dumps({"machine": machine(), "numbers": numbers}, indent=1) + "\n")
+    if args.numbers:
+        print(json.dumps(numbers_of_today()))
         return 0
-    pinned = json.loads(PINNED.read_text())
-    lines = differences(pinned["numbers"], numbers)
-    print("\n".join(lines) or "golden: every number is as pinned")
-    if pinned["machine"] != machine():
-        print(f"golden: pinned on {pinned['machine']}, this is {machine()}")
+    lines = differences(numbers_of(args.commit), numbers_of_today())
+    print("\n".join(lines) or f"golden: every number is that of {args.commit}")
     return 1 if lines else 0
 
 

@@ -28,7 +28,7 @@ SMALL = {  # settings behind what is printed; of two the last counts
     "finetune": ["--steps", "20", "--batch-size", "32"], "merge_eval": ["--lambdas", "4"],
     "disentangle": ["--points", "3", "--samples", "40"],
     "subsets": ["--lambdas", "3", "--images-per-task", "40"],
-    "posthoc": ["--images-per-task", "60"], "precision": ["--images-per-task", "60"],
+    "posthoc": ["--images-per-task", "60"], "precision": ["--images-per-task", "60", "--compile", "off"],
 }
 FEW_STEPS = ["--steps", "2", "--batch-size", "8", "--lr", "1e-3", "--tasks", "glyphs,textures"]
 WORDS = {"vit_b16_dino": "tiny", "cars-dtd,mnist-svhn": "glyphs-signs,glyphs-textures"}

@@ -6,6 +6,7 @@ import subprocess
 
 import common
 import disentangle
+import merge_eval
 import numpy as np
 import pretrain
 import probe
@@ -182,9 +183,11 @@ def test_lambda_is_chosen_on_validation_by_normalized_accuracy(study):
     merge = read(study / "tiny/aligned/merge.json")
     finetuned = read(study / "tiny/aligned/finetune.json")["tasks"]
     curve = []
-    for k in range(21):
+    for k in range(11):
         curve.append(np.mean([merge["val"]["tasks"][name][k] / finetuned[name]["val"] for name in finetuned]))
-    assert merge["lambdas"] == [round(0.05 * k, 10) for k in range(21)]
+    assert merge["lambdas"] == [round(k / 10, 10) for k in range(11)]
+    asked = merge_eval.parse_args(["tiny"])
+    assert (asked.lambdas, asked.lambda_max) == (21, 1.0)  # the paper's: 0, .05, ..., 1
     assert merge["best_lambda"] == merge["lambdas"][int(np.argmax(curve))]
     np.testing.assert_allclose(merge["val"]["normalized"], curve, atol=1e-12)
 

@@ -207,7 +207,7 @@ def test_results_of_a_variant_under_another_name_leave_its_folder_untouched(copy
     aligned = json.loads((copy / "tiny/aligned/merge.json").read_text())
     assert fine["of"] == "aligned" and fine["lambdas"] == [0, 0.1, 0.2]
     for task in TASKS:                                     # at lambda 0.1
-        assert fine["val"]["tasks"][task][1] == aligned["val"]["tasks"][task][2]
+        assert fine["val"]["tasks"][task][1] == aligned["val"]["tasks"][task][1]
     for name in ("make_vectors", "disentangle", "subsets", "posthoc"):
         perform(name, *words, *SMALL[name])
     assert snapshot(copy / "tiny/aligned") == before

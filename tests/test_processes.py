@@ -11,7 +11,7 @@ import common
 import pytest
 import torch
 import two_processes
-from conftest import ROOT, TASKS, as_a_process, perform, stage
+from conftest import ROOT, STAGES, TASKS, as_a_process, perform, stage
 from soak import numbers
 
 from lib import results
@@ -159,12 +159,23 @@ def test_an_interrupted_search_or_heat_map_goes_on_where_it_was(copy, monkeypatc
     assert not state.exists()
 
 
+def test_states_of_finished_rows_are_removed_also_after_a_kill_before_that(copy):
+    """A kill between writing a row and removing its training states; those of other rows stay."""
+    states = copy / "tiny/aligned/state"
+    finished = [states / f"finetune-glyphs-{name}.state" for name in ("0123456789", "abcdefabcd")]
+    others = states / "finetune-glyphs-more-0123456789.state", states / "finetune-ground-0123456789.state"
+    for path in (*finished, *others):
+        path.write_bytes(b"a state")
+    perform("finetune", "tiny", "--runs", copy, *ALL_TASKS, *STAGES["finetune"])
+    assert all(path.exists() for path in others) and not any(path.exists() for path in finished)
+
+
 def test_a_second_process_waits_for_the_first_and_finds_its_result(copy):
     path = copy / "tiny/aligned/merge.json"
     whole = path.read_text()
     path.unlink()
     lock = results.claim(path, "merge")                    # this process is the first
-    command = [sys.executable, "-u", "merge_eval.py", "tiny", "--runs", copy, *ALL_TASKS]
+    command = [sys.executable, "-u", "merge_eval.py", "tiny", "--runs", copy, *ALL_TASKS, "--lambdas", "11"]
     second = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     said = []
     try:

@@ -303,7 +303,7 @@ def test_a_flipped_byte_in_a_training_state_is_refused(copy, monkeypatch):
     stop = 3
     with pytest.raises(KeyboardInterrupt):
         perform("finetune", *words)
-    [state] = (copy / "tiny/stopped/state").glob("signs-*.state")
+    [state] = (copy / "tiny/stopped/state").glob("finetune-signs-*.state")
     sound = state.read_bytes()
     for damaged in [*flips(sound), sound[:len(sound) // 2], b""]:
         state.write_bytes(damaged)
