@@ -2,6 +2,7 @@
 Code is a setting: which files a stage's numbers come from, and whether they have changed.
 """
 import ast
+import functools
 import hashlib
 
 # what stands between a stage and its numbers without making them; generated pictures have a fingerprint of
@@ -22,15 +23,21 @@ def code_of(script):
         if path in seen:
             continue
         seen.add(path)
-        tree = ast.parse(path.read_text())
+        code, modules = hash_and_imports(path, path.stat().st_mtime_ns)
         if path.parent == root or path.name not in NO_NUMBERS:
-            code = ast.unparse(without_docstrings(tree))
-            found[path.relative_to(root).as_posix()] = hashlib.sha256(code.encode()).hexdigest()[:16]
-        for module in imported(tree):
-            file = root / f"{module.replace('.', '/')}.py"
-            if file.is_file():
-                waiting.append(file)
+            found[path.relative_to(root).as_posix()] = code
+        files = [root / f"{module.replace('.', '/')}.py" for module in modules]
+        waiting += [file for file in files if file.is_file()]
     return dict(sorted(found.items()))
+
+
+@functools.cache
+def hash_and_imports(path, modified):
+    """(hash of a module's code, dotted names that it may import) as of a file's time of modification."""
+    tree = ast.parse(path.read_text())
+    names = list(imported(tree))
+    code = ast.unparse(without_docstrings(tree))
+    return hashlib.sha256(code.encode()).hexdigest()[:16], names
 
 
 def imported(tree):

@@ -22,10 +22,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
-from two_processes import SHARED, STAGES
+from two_processes import STAGES, draw_folders, shared_words
 
+from lib import encoders, generated
 from lib.flags import flag_parser
 from lib.study import run
+from pretrain import ARCHITECTURE
 
 TRAINING_SAVED = ["--save-minutes", "1e-9"]  # at every step, so that a kill meets every state
 OF_THE_MOMENT = ("machine", "command", "seconds", "seconds_per_step", "feature_seconds", "images_per_second",
@@ -42,7 +44,8 @@ def parse_args():
 def main(args):
     with tempfile.TemporaryDirectory() as folder:
         clean, rough = Path(folder) / "clean", Path(folder) / "rough"
-        begin("pretrain", ["tiny", "--runs", str(clean), "--pretrain-steps", "10"])
+        draw_folders(Path(folder) / "data")
+        random_encoder(clean / "tiny/pretrained.safetensors")
         shutil.copytree(clean, rough)
         seconds = undisturbed(clean)
         figures = disturbed(rough, seconds, args.kills, random.Random(args.seed))
@@ -52,6 +55,16 @@ def main(args):
         torn = [str(name) for name in there if name.suffix == ".tmp"]
     print(json.dumps(figures | {"files": len(names), "differ": differ, "temporary_files_left": torn}))
     return 1 if differ or torn else 0
+
+
+def random_encoder(path):
+    """The encoder tiny with random weights: no number here depends on what it knows."""
+    torch.manual_seed(0)
+    module = encoders.build_architecture(ARCHITECTURE)
+    description = encoders.describe(module, ARCHITECTURE, generated.SIDE, (0.5,) * 3, (0.25,) * 3, 1.0,
+                                    encoder="tiny")
+    path.parent.mkdir(parents=True)
+    encoders.save_encoder(path, module, description)
 
 
 def undisturbed(runs):
@@ -87,7 +100,7 @@ def disturbed(runs, seconds, kills, rng):
 def command(stage, runs):
     name, words = stage
     words = [word for word in words if word != "--overwrite"]
-    return name, [*SHARED, str(runs), *words, *(TRAINING_SAVED if name == "finetune" else [])]
+    return name, [*shared_words(runs), *words, *(TRAINING_SAVED if name == "finetune" else [])]
 
 
 def begin(name, words, kill_after=None):

@@ -24,6 +24,7 @@ def test_two_processes_give_the_files_of_one(study, tmp_path):
     for runs in ("one", "two"):
         shutil.copytree(study, tmp_path / runs)
         shutil.rmtree(tmp_path / runs / "tiny/features")
+    two_processes.draw_folders(tmp_path / "data")
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)                           # as torchrun gives each process

@@ -3,11 +3,13 @@ import importlib
 import sys
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from lib import ranks
+from lib import generated, ranks
 from lib.study import run
 
-SHARED = ["tiny", "--tasks", "glyphs,signs", "--runs"]
 FULL = ["--name", "full"]
 STAGES = [("probe", ["--probe-steps", "40", "--overwrite"]),
           ("finetune", ["--steps", "4", "--batch-size", "32", "--recipe", "full"]),
@@ -16,10 +18,29 @@ STAGES = [("probe", ["--probe-steps", "40", "--overwrite"]),
           ("disentangle", [*FULL, "--points", "3", "--samples", "100"])]
 
 
+def shared_words(runs):
+    """The flags of every stage; the data of draw_folders lie beside the runs folder."""
+    data = str(Path(runs).parent / "data")
+    return ["tiny", "--data", data, "--tasks", "digits,boards", "--runs", str(runs)]
+
+
+def draw_folders(data):
+    """Two small tasks as image folders: a study on them takes seconds."""
+    for name, drawn_as in (("digits", "glyphs"), ("boards", "signs")):
+        _, classes, draw_pictures = generated.GENERATED[drawn_as]
+        for split, n in (("train", 400), ("test", 150)):
+            labels = np.arange(n) % len(classes)
+            pictures = draw_pictures(np.random.default_rng(n), labels)
+            for index, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+                path = data / name / split / classes[label] / f"{index:03}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(picture.transpose(1, 2, 0)).save(path)
+
+
 def main(runs):
     for name, words in STAGES:
         stage = importlib.import_module(name)
-        stage.main(stage.parse_args([*SHARED, runs, *words]))
+        stage.main(stage.parse_args([*shared_words(runs), *words]))
         ranks.wait()                         # as at the end of a torchrun: rank 0 has written everything
 
 
