@@ -384,7 +384,9 @@ def study_seconds(folder):
     """{stage: seconds} of a finished study's results; loading, compiling and pictures are not in them."""
     probe = read_json(folder / "probe.json", "python probe.py ENCODER")
     seconds = {"features": sum(row["feature_seconds"] for row in probe["tasks"].values()),
-               "heads": probe["search"]["seconds"] + sum(row["seconds"] for row in probe["tasks"].values())}
+               "heads, paper": probe["search"]["seconds"]
+               + sum(row["paper"]["seconds"] for row in probe["tasks"].values()),
+               "heads, converged": sum(row["converged"]["seconds"] for row in probe["tasks"].values())}
     rows = {"finetune.json": ("fine-tuning", "tasks"), "scaling.json": ("subsets", "subsets"),
             "disentangle.json": ("heat maps", "pairs")}
     for path in sorted(folder.glob("*/*.json")):

@@ -149,6 +149,9 @@ def validation_split(n):
 # --------------------------------------------------------------------------------------- heads and accuracies
 
 
+PROBES = ("paper", "converged")  # the ways in which probe.py obtains a head; see there
+
+
 class Head(NamedTuple):
     weight: torch.Tensor       # (C, D) float32
     bias: torch.Tensor | None  # (C,) float32; a head from text has none

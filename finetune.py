@@ -2,16 +2,18 @@
 Fine-tune the encoder on each task: with its probed head frozen, or under another recipe.
 
     python finetune.py tiny --recipe full                     # encoder and a random head together
+    python finetune.py tiny --probe converged --name on-converged    # against heads that have converged
     python finetune.py tiny --tasks glyphs,textures --steps 100 --name short    # beside the first
     python finetune.py vit_b16_dino                           # searches the learning rate on Cars first
     python finetune.py vit_b16_dino --lr 1e-5 --name slow     # without the search, beside the first
     python finetune.py vit_b16_clip_laion2b --recipe zeroshot # head from class names, frozen
     torchrun --nproc-per-node 8 finetune.py vit_b16_dino      # a learning rate or a task for each of 8 GPUs
 
-Reads   runs/ENCODER/pretrained.safetensors, for recipes on probed heads heads/TASK.safetensors (probe.py)
+Reads   runs/ENCODER/pretrained.safetensors, for recipes on probed heads heads/PROBE/TASK.safetensors
+        (probe.py)
 Writes  runs/ENCODER/NAME/finetuned/TASK.safetensors, finetune.json, for other heads also
-        heads/TASK.safetensors; while a task trains state/finetune-TASK-*.state, from which the same command
-        continues after a kill, bit for bit on a CPU
+        NAME/heads/TASK.safetensors; while a task trains state/finetune-TASK-*.state, from which the same
+        command continues after a kill, bit for bit on a CPU
 Source  arXiv:2511.14569 section 3.1, appendices B, C, G and H: AdamW, 2,000 steps of 128, warm-up, cosine to
         0; arXiv:2407.07089 for the recipes that train attention alone, or in the tangent space
 """
@@ -23,7 +25,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from common import (Head, cached_features, count_hits, head_tensors, load_head, logits, random_head,
+from common import (PROBES, Head, cached_features, count_hits, head_tensors, load_head, logits, random_head,
                     save_head)
 from lib import devices, flags, linearized, ranks
 from lib.encoders import weights_of
@@ -84,6 +86,9 @@ def parse_args(argv=None):
              f"(default: --name where that is one, else aligned)")
     add("--name", type=flags.folder_name,
         help="the variant's name, its folder runs/ENCODER/NAME (default: the recipe)")
+    add("--probe", choices=PROBES,
+        help="which of probe.py's heads a recipe on probed heads trains against (default paper: as the "
+             "published numbers were made)")
     add("--steps", type=flags.positive, help="optimizer steps per task (default 2000; tiny 120)")
     add("--batch-size", type=flags.positive, help="images per step (default 128; tiny 64)")
     add("--lr", type=flags.positive_float,
@@ -94,6 +99,10 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.recipe = args.recipe or (args.name if args.name in RECIPES else "aligned")
     args.name = args.name or args.recipe
+    if RECIPES[args.recipe].head == "probed":
+        args.probe = args.probe or "paper"
+    elif args.probe:
+        parser.error(f"recipe {args.recipe} has no probed head: leave out --probe")
     return args
 
 
@@ -102,7 +111,7 @@ def main(args):
     study = open_study(args, __file__, "probe.json")
     encoder, device, recipe = study.encoder, study.device, RECIPES[args.recipe]
     settings = study.settings("finetune", args, DEFAULTS, args.recipe)
-    how = {"name": args.recipe, **recipe._asdict()}
+    how = {"name": args.recipe, **recipe._asdict(), "probe": args.probe}
     head_files = {name: head_file(study.here, how, name, encoder.name)[0] for name in study.sources}
     tuned_files = {name: study.here / "finetuned" / f"{name}.safetensors" for name in study.sources}
     made_of = {name: {"data": data} for name, data in study.data.items()}

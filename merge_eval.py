@@ -17,7 +17,7 @@ import time
 import numpy as np
 import torch
 
-from common import cached_features, count_hits, mean, normalized_accuracy, predict
+from common import PROBES, cached_features, count_hits, mean, normalized_accuracy, predict
 from lib import flags, plots, ranks
 from lib.encoders import weights_of
 from lib.files import save_tensors
@@ -42,7 +42,7 @@ def main(args):
     lambdas = np.linspace(0, args.lambda_max, args.lambdas).round(10).tolist()
     single = {"val": {name: study.finetuned["tasks"][name]["val"] for name in names},
               "test": {name: study.finetuned["tasks"][name]["test"] for name in names}}
-    inputs = {"vectors": study.vectors(), "data": study.data, "single_task": single}
+    inputs = {"vectors": study.vectors(), "probes": study.probes(), "data": study.data, "single_task": single}
     settings = {"recipe": recipe, "tasks": names, "lambdas": lambdas, "dtype": str(study.dtype)[6:]}
     files = [study.here / file for file in ("merge.png", "merged.safetensors")]
     result = study.result("merge.json", settings, inputs, files=lambda row: files)
@@ -52,7 +52,7 @@ def main(args):
     # ---------------------------------------------------- the merging rule: the sum, read one at a time
     merged = add_up(load_vector(study.source, name, encoder) for name in names)
 
-    # ---------------------------------------------------- lambda = 0, from the probe's cached features
+    # ---------------------------------------------------- lambda = 0 and probing, from cached features
     tasks, heads, splits = study.tasks, list(study.heads.values()), {}
     for split in ("val", "test"):
         splits[split] = [task.splits[split] for task in tasks.values()]
@@ -60,11 +60,13 @@ def main(args):
          "test": {name: len(task.splits["test"]) for name, task in tasks.items()}}
     images = (len(lambdas) - 1) * sum(n["val"].values()) + sum(n["test"].values())
     evaluator = study.evaluator(images, recipe["linear"])
-    val_at_zero, predicted_at_zero = [], []
-    for task, head in zip(tasks.values(), heads, strict=True):
+    val_at_zero, predicted_at_zero, probing = [], [], {kind: [] for kind in PROBES}
+    for (name, task), head in zip(tasks.items(), heads, strict=True):
         features = cached_features(study.folder, task, evaluator)
         val_at_zero.append(count_hits(features["val"], head, task.splits["val"]))
         predicted_at_zero.append(predict(features["test"], head))
+        for kind in PROBES:
+            probing[kind].append(predict(features["test"], study.probed_heads[kind][name]))
 
     # ---------------------------------------------------- validation: every lambda, some at a time
     evaluator.use_vectors([merged])
@@ -94,6 +96,9 @@ def main(args):
     at_best = summary(tasks, predicted, single["test"])
     at_zero = summary(tasks, predicted_at_zero, single["test"])
     gain = paired_difference(tasks, predicted, predicted_at_zero)
+    probed = {kind: summary(tasks, probing[kind], single["test"]) for kind in PROBES}
+    for kind in PROBES:
+        probed[kind]["addition_minus"] = paired_difference(tasks, predicted, probing[kind])
 
     # ---------------------------------------------------- save
     zero = {"probed": "probing (lambda = 0)", "text": "zero-shot (lambda = 0)",
@@ -104,8 +109,9 @@ def main(args):
             "lambdas_within_2_points": [min(near_best), max(near_best)],
             "val": {"absolute": [mean(accuracy.values()) for accuracy in accuracies],
                     "normalized": normalized, "tasks": curves, "n": n["val"]},
-            "test": at_best, "test_lambda0": at_zero, "gain": gain, "single_task": single["test"],
-            "single_task_mean": mean(single["test"].values()), "seconds": state["seconds"],
+            "test": at_best, "test_lambda0": at_zero, "gain": gain, "probing": probed,
+            "single_task": single["test"], "single_task_mean": mean(single["test"].values()),
+            "seconds": state["seconds"],
             "images_per_second": (len(lambdas) - 1) * sum(n["val"].values()) / max(state["seconds"], 1e-9)}
         if not recipe["linear"]:             # whose merge is no set of weights for the encoder as it is
             theta_pre = weights_of(encoder.module)
@@ -120,6 +126,10 @@ def main(args):
     for label, row in ((zero, at_zero), (f"addition (lambda = {lambdas[best]:g})", at_best)):
         print(f"merge_eval: {label}: test absolute {row['absolute']:.4f}, "
               f"normalized {row['normalized']:.4f}, n = {sum(n['test'].values())}")
+    for kind, row in probed.items():
+        difference = row["addition_minus"]
+        print(f"merge_eval: addition minus probing ({kind}, {row['absolute']:.4f}): "
+              f"{difference['mean']:+.4f} +- {difference['standard_error']:.4f}")
 
 
 def summary(tasks, predicted, single_task):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import TASKS
+from common import PROBES, TASKS
 from lib import flags, pages
 from lib.comparisons import (PUBLISHED, costs, percent, pictures_of_all, trains_everything,
                              which_parameters_train)
@@ -143,14 +143,11 @@ def disentangled(variant):
 
 def probing(variant, control):
     merge = variant["merge.json"]
-    gain, n = merge["gain"], sum(merge["test"]["n"].values())
-    points, error = 100 * gain["mean"], 100 * gain["standard_error"]
-    verdict = "more" if points > 2 * error else "less" if points < -2 * error else "no more than noise"
+    n = sum(merge["test"]["n"].values())
     behind = 100 * (merge["single_task_mean"] - merge["test"]["absolute"])
-    said = (f"3. Is probing nearly as good? Addition minus probing is {points:+.1f} points, with a paired "
-            f"standard error of {error:.1f} (n = {n:,}): {verdict}; it is above probing on "
-            f"{gain['tasks_won']} of {len(gain['tasks'])} tasks, and {behind:.1f} points below "
-            f"single-task encoders.")
+    said = f"3. Is probing nearly as good? On the same {n:,} test images addition is "
+    said += ", and ".join(against_probing(kind, merge["probing"][kind]) for kind in PROBES)
+    said += f". It is {behind:.1f} points below single-task encoders."
     if control:
         other = control["merge.json"]
         said += (f" The control {control['name']}, whose heads train along, gets "
@@ -160,6 +157,16 @@ def probing(variant, control):
     else:
         said += " The control full was not run (bash run_all.sh ENCODER --everything)."
     return said
+
+
+def against_probing(kind, probed):
+    """How addition stands to one way of probing; more than two paired standard errors count."""
+    minus = probed["addition_minus"]
+    points, error = 100 * minus["mean"], 100 * minus["standard_error"]
+    verdict = "above" if points > 2 * error else "below" if points < -2 * error else "within the noise of"
+    how = {"paper": "the paper's probing", "converged": "the converged one"}[kind]
+    return (f"{verdict} {how} ({percent(probed['absolute'])} %): {points:+.1f} +- {error:.1f} points, above "
+            f"it on {minus['tasks_won']} of {len(minus['tasks'])} tasks")
 
 
 # --------------------------------------------------------------------------------------- accuracies
@@ -176,16 +183,17 @@ def accuracy_tables(variants):
         if rows:
             blocks += [("h2", f"{recipe} ({published['table']})"), ("table", rows)]
     if blocks:
-        blocks.append(("p", "Test accuracy in percent, mean over tasks, n test images in all; gain: addition "
-                            "minus lambda = 0, +- its paired standard error; normalized: mean over tasks of "
-                            "addition / single task."))
+        blocks.append(("p", "Test accuracy in percent, mean over tasks, n test images in all; lambda = 0 has "
+                            "the heads that the encoder was trained against; normalized: mean over tasks of "
+                            "addition / single task; minus paper, minus converged: addition minus either "
+                            "way of probing, +- its paired standard error."))
     return blocks
 
 
 def accuracy_rows(variant, published):
     """Ours, the paper's, and their difference where the tasks are the paper's eight."""
     merge, test = variant["merge.json"], variant["merge.json"]["test"]
-    gain, tasks = merge["gain"], merge["config"]["tasks"]
+    tasks = merge["config"]["tasks"]
     zero = merge["test_lambda0"]["absolute"]
     if merge["recipe"]["head"] == "text" and merge["recipe"]["train_head"]:
         # at lambda = 0 its heads are not from text
@@ -196,7 +204,7 @@ def accuracy_rows(variant, published):
     rows = [{"encoder": variant["encoder"], "name": variant["name"],
              "tasks": len(tasks), "n": sum(test["n"].values()),
              **dict(zip(columns, map(digits, ours, columns), strict=True)),
-             "gain": f"{100 * gain['mean']:+.1f} +- {100 * gain['standard_error']:.1f}"}]
+             **{f"minus {kind}": minus_probing(merge["probing"][kind]) for kind in PROBES}}]
     theirs = published["rows"].get(variant["encoder"])
     if theirs:
         rows.append({"name": "paper", "tasks": 8,
@@ -205,6 +213,11 @@ def accuracy_rows(variant, published):
         gaps = [None if paper is None else own - paper for own, paper in zip(ours, theirs, strict=True)]
         rows.append({"name": "difference", **dict(zip(columns, map(digits, gaps, columns), strict=True))})
     return rows
+
+
+def minus_probing(probed):
+    minus = probed["addition_minus"]
+    return f"{100 * minus['mean']:+.1f} +- {100 * minus['standard_error']:.1f}"
 
 
 def digits(value, column):
@@ -225,8 +238,10 @@ def over_seeds(args, variants, out):
         columns = {"lambda = 0": [merge["test_lambda0"]["absolute"] for merge in merges],
                    "single task": [merge["single_task_mean"] for merge in merges],
                    "addition": [merge["test"]["absolute"] for merge in merges],
-                   "gain": [merge["gain"]["mean"] for merge in merges],
                    "normalized": [merge["test"]["normalized"] for merge in merges]}
+        for kind in PROBES:
+            columns[f"probing, {kind}"] = [merge["probing"][kind]["absolute"] for merge in merges]
+            columns[f"minus {kind}"] = [merge["probing"][kind]["addition_minus"]["mean"] for merge in merges]
         values[variant["label"]] = {}
         rows.append({"encoder": variant["encoder"], "name": variant["name"], "seeds": len(merges)})
         for key, found in columns.items():
@@ -254,7 +269,8 @@ def section(variant, probe):
         config, machine = finetune["config"], finetune["machine"]
         searched = f" (searched on {finetune['search']['task']})" if "search" in finetune else ""
         blocks.append(("p", f"Recipe {config['recipe']['name']}; {config['image_size']} pixels; "
-                            f"probing {probe['config']['steps']} steps at learning rate {probe['lr']:g}; "
+                            f"probing as the paper {probe['config']['steps']} steps at learning rate "
+                            f"{probe['lr']:g}; trained against {config['recipe']['probe'] or 'other'} heads; "
                             f"fine-tuning {config['steps']} steps of {config['batch_size']} at "
                             f"{finetune['lr']:g}{searched}; seed {config['seed']}; "
                             f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, "
@@ -267,11 +283,13 @@ def section(variant, probe):
                             f"images, forward pass in {merge['config']['dtype']}."))
         rows = []
         for task in merge["config"]["tasks"]:
-            zero, gain = merge["test_lambda0"]["tasks"][task], merge["gain"]["tasks"][task]
             single, added = merge["single_task"][task], test["tasks"][task]
-            rows.append({"task": task, "n": test["n"][task], "lambda = 0": percent(zero),
+            rows.append({"task": task, "n": test["n"][task],
+                         "lambda = 0": percent(merge["test_lambda0"]["tasks"][task]),
+                         **{f"probing, {kind}": percent(merge["probing"][kind]["tasks"][task])
+                            for kind in PROBES},
                          "single task": percent(single), "addition": percent(added),
-                         "gain": f"{100 * gain:+.1f}", "normalized": percent(added / single)})
+                         "normalized": percent(added / single)})
         blocks.append(("table", rows))
     if variant.get("vectors.json", {}).get("overlap_of_pairs"):
         vectors = variant["vectors.json"]

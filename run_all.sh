@@ -15,7 +15,7 @@ encoder=tiny everything=no attention=no
 if [ $# -gt 0 ] && [[ $1 != -* ]]; then encoder=$1; shift; fi
 
 # the flags of each stage
-shared=() pretrain=() probe=() finetune=() search=() disentangle=() subsets=() report=()
+shared=() pretrain=() probe=() finetune=() against=() search=() disentangle=() subsets=() report=()
 while [ $# -gt 0 ]; do
   if [[ $1 == --*=* ]]; then set -- "${1%%=*}" "${1#*=}" "${@:2}"; fi
   case $1 in
@@ -27,6 +27,7 @@ while [ $# -gt 0 ]; do
     --pretrain-steps) [ "$encoder" = tiny ] || refuse "$1: $encoder comes trained"; stages=pretrain ;;
     --probe-steps | --probe-lr) stages=probe ;;
     --steps | --lr | --batch-size | --save-minutes) stages=finetune ;;
+    --probe) stages=against ;;
     --lambdas | --lambda-max) stages=search ;;
     --pairs | --points | --limit | --samples) stages=disentangle ;;
     --per-size | --images-per-task) stages=subsets ;;
@@ -49,7 +50,8 @@ if [ "$encoder" = tiny ]; then python pretrain.py tiny "${shared[@]}" "${pretrai
 python probe.py "$encoder" "${shared[@]}" "${probe[@]}"
 for name in "${names[@]}"; do
   stage=("$encoder" --name "$name" "${shared[@]}")
-  python finetune.py "${stage[@]}" "${finetune[@]}"
+  case $name in full | zeroshot*) heads=() ;; *) heads=("${against[@]}") ;; esac
+  python finetune.py "${stage[@]}" "${finetune[@]}" "${heads[@]}"
   python make_vectors.py "${stage[@]}"
   python merge_eval.py "${stage[@]}" "${search[@]}"
   python disentangle.py "${stage[@]}" "${disentangle[@]}"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common import PROBES
 from lib import plots
 from lib.files import Refused
 
@@ -227,8 +228,12 @@ def costs(probes, variants):
 
 
 def probing_seconds(probe, tasks):
-    rows = [probe["tasks"][name] for name in tasks if name in probe["tasks"]]
-    return probe["search"]["seconds"] + sum(row["seconds"] + row["feature_seconds"] for row in rows)
+    """Seconds of features, the search and both heads of some tasks."""
+    seconds = probe["search"]["seconds"]
+    for name in set(tasks) & set(probe["tasks"]):
+        row = probe["tasks"][name]
+        seconds += row["feature_seconds"] + sum(row[kind]["seconds"] for kind in PROBES)
+    return seconds
 
 
 def search_seconds(finetune):

@@ -14,6 +14,7 @@ its date.
 """
 import errno
 import functools
+import itertools
 import os
 import signal
 import sys
@@ -24,11 +25,11 @@ import torch
 import common
 from lib import encoders, ranks
 from lib.devices import compile_pays, pick_device, pick_dtype
-from lib.files import Refused, read_json
+from lib.files import Refused, file_metadata, read_json
 from lib.flags import complain
 from lib.linearized import LinearizedEvaluator
 from lib.results import Result
-from lib.vectors import head_file, vector_metadata
+from lib.vectors import head_file, probe_file, vector_metadata
 
 
 def run(main, parse_args):
@@ -144,6 +145,23 @@ class Study:
     def heads(self):
         """{task: the Head that its theta_t was trained against}."""
         return {name: self.load_head(task) for name, task in self.tasks.items()}
+
+    @functools.cached_property
+    def probed_heads(self):
+        """{way of probing: {task: Head}}: the baselines, whatever heads this variant was trained against."""
+        heads = {kind: {} for kind in common.PROBES}
+        for kind, (name, task) in itertools.product(heads, self.tasks.items()):
+            path, made_by = probe_file(self.folder, kind, name, self.encoder.name)
+            heads[kind][name] = common.load_head(path, made_by, task, self.encoder, self.device)
+        return heads
+
+    def probes(self):
+        """{way of probing: {task: SHA-256 of its head}}, for a result's inputs; the heads are not read."""
+        found = {kind: {} for kind in common.PROBES}
+        for kind, name in itertools.product(found, self.sources):
+            path, made_by = probe_file(self.folder, kind, name, self.encoder.name)
+            found[kind][name] = file_metadata(path, made_by)["sha256"]
+        return found
 
     def vectors(self, names=None):
         """{task: SHA-256 of its vector}, for a result's inputs; the vectors are not read."""

@@ -46,7 +46,8 @@ def compare(folder, rows, how, steps):
     values = {"mean_test": mean(row["test"] for row in rows.values()), "cost": costs}
     if not how["trained"] and not how["linear"]:
         return values
-    whole = {"head": how["head"], "train_head": how["train_head"], "trained": "", "linear": False}
+    whole = {"head": how["head"], "probe": how["probe"], "train_head": how["train_head"], "trained": "",
+             "linear": False}
     for path in sorted(folder.glob("*/finetune.json")):
         other = read_json(path, "python finetune.py")
         as_named = path.parent.name == other["recipe"]["name"]             # not a variant of that recipe

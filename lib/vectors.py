@@ -82,9 +82,17 @@ def head_file(folder, recipe, task, encoder_name):
     folder   the variant's, runs/ENCODER/NAME
     """
     if recipe["head"] == "probed":
-        return folder.parent / "heads" / f"{task}.safetensors", f"python probe.py {encoder_name}"
+        return probe_file(folder.parent, recipe["probe"], task, encoder_name)
     made_by = f"python finetune.py {encoder_name} --recipe {recipe['name']} --name {folder.name}"
     return folder / "heads" / f"{task}.safetensors", made_by
+
+
+def probe_file(folder, kind, task, encoder_name):
+    """(path of a task's head from one of the two ways of probing, the command that makes it).
+
+    folder   the encoder's, runs/ENCODER
+    """
+    return folder / "heads" / kind / f"{task}.safetensors", f"python probe.py {encoder_name}"
 
 
 def add_up(vectors):

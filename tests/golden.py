@@ -60,9 +60,11 @@ def collect(runs):
     probe = read("probe.json")
     numbers = {"pretrain": {"hits": read("pretrain.json")["hits"],
                             "weights": weights(folder / "pretrained.safetensors")},
-               "probe": {"lr": probe["lr"], "search": probe["search"]["val"], "hits": counts(probe["tasks"])},
-               "heads": {path.stem: weights(path)
-                         for path in sorted((folder / "heads").glob("*.safetensors"))}}
+               "probe": {"lr": probe["lr"], "search": probe["search"]["val"],
+                         "hits": {kind: counts({task: row[kind] for task, row in probe["tasks"].items()})
+                                  for kind in ("paper", "converged")}},
+               "heads": {str(path.relative_to(folder)): weights(path)
+                         for path in sorted((folder / "heads").rglob("*.safetensors"))}}
     for name in TRAINING:
         finetune, vectors, merge = (read(name, f"{stage}.json") for stage in ("finetune", "vectors", "merge"))
         found = {

@@ -139,7 +139,7 @@ def test_a_checkpoint_of_another_architecture_missing_keys_or_with_nan_is_refuse
 
 @pytest.mark.parametrize("name, gone, said", [
     ("probe", "tiny/pretrained.safetensors", "pretrain.py tiny"),
-    ("finetune", "tiny/heads/signs.safetensors", "python probe.py tiny"),
+    ("finetune", "tiny/heads/paper/signs.safetensors", "python probe.py tiny"),
     ("make_vectors", "tiny/aligned/finetuned/signs.safetensors", "python finetune.py tiny --name aligned"),
     ("merge_eval", "tiny/aligned/vectors/signs.safetensors", "python make_vectors.py tiny --name aligned"),
     ("merge_eval", "tiny/aligned/finetune.json", "python finetune.py tiny --name aligned"),
@@ -156,7 +156,7 @@ def test_a_missing_earlier_stage_is_named(copy, name, gone, said):
 
 @pytest.mark.parametrize("damage", ["cut", "flip"])
 @pytest.mark.parametrize("name, file", [
-    ("probe", "tiny/pretrained.safetensors"), ("finetune", "tiny/heads/signs.safetensors"),
+    ("probe", "tiny/pretrained.safetensors"), ("finetune", "tiny/heads/paper/signs.safetensors"),
     ("make_vectors", "tiny/aligned/finetuned/signs.safetensors"),
     ("merge_eval", "tiny/aligned/vectors/signs.safetensors"),
     ("merge_eval", "tiny/features/signs.safetensors"),
@@ -175,7 +175,7 @@ def test_a_cut_or_altered_file_is_refused_by_name(copy, name, file, damage):
 
 
 @pytest.mark.parametrize("gone, makes, uses", [
-    ("tiny/heads/signs.safetensors", "probe", "finetune"),
+    ("tiny/heads/paper/signs.safetensors", "probe", "finetune"),
     ("tiny/aligned/finetuned/signs.safetensors", "finetune", "make_vectors"),
     ("tiny/aligned/vectors/signs.safetensors", "make_vectors", "merge_eval"),
 ])
@@ -207,7 +207,7 @@ def test_another_data_set_under_the_same_name_is_not_taken_for_the_first(copy, t
     (copy / "tiny/probe.json").unlink()
     assert "features/pets" in refuse("probe", *probe, *second)
     (copy / "tiny/pets/finetune.json").unlink()
-    assert "heads/pets" in refuse("finetune", *finetune, *second)
+    assert "heads/paper/pets" in refuse("finetune", *finetune, *second)
 
 
 def test_a_cut_image_cache_is_refused_by_name(copy):
@@ -220,7 +220,8 @@ def test_heads_features_and_vectors_of_another_encoder_are_refused_by_name(copy,
     """A second tiny, from another seed, meets the first one's files."""
     perform("pretrain", "tiny", "--runs", tmp_path / "other", "--pretrain-steps", "2", "--seed", "5")
     shutil.copy(tmp_path / "other/tiny/pretrained.safetensors", copy / "tiny/pretrained.safetensors")
-    found = {"finetune": "heads/glyphs", "make_vectors": "finetuned/glyphs", "merge_eval": "vectors/glyphs"}
+    found = {"finetune": "heads/paper/glyphs", "make_vectors": "finetuned/glyphs",
+             "merge_eval": "vectors/glyphs"}
     for name, file in found.items():
         (copy / "tiny/aligned/merge.json").unlink(missing_ok=True)
         overwrite = ["--overwrite"] if name == "finetune" else []

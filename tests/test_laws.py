@@ -150,9 +150,10 @@ def test_theta_pre_plus_task_vector_reproduces_the_fine_tuned_accuracy(study):
 
 def test_addition_at_lambda_zero_is_probing(study):
     probed, merge = read(study / "tiny/probe.json")["tasks"], read(study / "tiny/aligned/merge.json")
-    assert merge["test_lambda0"]["hits"] == {name: probed[name]["hits_test"] for name in probed}
+    probed = {name: row[merge["recipe"]["probe"]] for name, row in probed.items()}
+    assert merge["test_lambda0"]["hits"] == {name: row["hits_test"] for name, row in probed.items()}
     at_zero = {name: curve[0] for name, curve in merge["val"]["tasks"].items()}
-    assert at_zero == {name: probed[name]["val"] for name in probed}
+    assert at_zero == {name: row["val"] for name, row in probed.items()}
 
 
 def test_the_evaluator_at_lambda_zero_agrees_with_the_cached_features(study):
@@ -160,7 +161,7 @@ def test_the_evaluator_at_lambda_zero_agrees_with_the_cached_features(study):
     evaluator = there.evaluator(0)
     evaluator.use_vectors([vectors.load_vector(study / "tiny/aligned", "signs", there.encoder)])
     [[hits]] = evaluator.hits([there.tasks["signs"].splits["test"]], [there.heads["signs"]], [(0.0,)])
-    assert hits == read(study / "tiny/probe.json")["tasks"]["signs"]["hits_test"]
+    assert hits == read(study / "tiny/probe.json")["tasks"]["signs"]["paper"]["hits_test"]
 
 
 def test_the_merged_encoder_loads_into_timm_and_repeats_the_test_accuracy(study):

@@ -50,9 +50,9 @@ def test_two_processes_give_the_files_of_one(study, tmp_path):
 
 def test_one_process_failing_ends_the_run_with_its_message(study, tmp_path):
     runs = shutil.copytree(study, tmp_path / "runs")
-    (runs / "tiny/heads/signs.safetensors").write_bytes(b"cut")
+    (runs / "tiny/heads/paper/signs.safetensors").write_bytes(b"cut")
     finished = stage(*TORCHRUN, "merge_eval.py", "tiny", "--runs", runs, *ALL_TASKS, "--overwrite")
-    assert finished.returncode != 0 and "heads/signs.safetensors cannot be read" in finished.stderr
+    assert finished.returncode != 0 and "heads/paper/signs.safetensors cannot be read" in finished.stderr
     kept, before = (folder / "tiny/aligned/merge.json" for folder in (runs, study))
     assert json.loads(kept.read_text()) == json.loads(before.read_text())
 

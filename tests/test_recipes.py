@@ -16,8 +16,8 @@ from lib.study import open_study
 
 def test_full_trains_its_own_head_and_leaves_the_probed_one(both, study):
     for name in TASKS:
-        probed, _ = files.load_tensors(both / f"tiny/heads/{name}.safetensors", "")
-        before, _ = files.load_tensors(study / f"tiny/heads/{name}.safetensors", "")
+        probed, _ = files.load_tensors(both / f"tiny/heads/paper/{name}.safetensors", "")
+        before, _ = files.load_tensors(study / f"tiny/heads/paper/{name}.safetensors", "")
         own, _ = files.load_tensors(both / f"tiny/full/heads/{name}.safetensors", "")
         assert torch.equal(probed["weight"], before["weight"])
         assert not torch.equal(own["weight"], probed["weight"])

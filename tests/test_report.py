@@ -16,11 +16,14 @@ def test_the_report_opens_with_the_three_questions_answered_from_the_stages_file
     opening = text[:text.index("| encoder |")]
     merge, full = (json.loads((both / f"tiny/{name}/merge.json").read_text()) for name in ("aligned", "full"))
     xi = json.loads((both / "tiny/aligned/disentangle.json").read_text())["pairs"]["glyphs-signs"]
-    gain, test = merge["gain"], merge["test"]
+    test, minus = merge["test"], merge["probing"]["converged"]["addition_minus"]
+    points, error = 100 * minus["mean"], 100 * minus["standard_error"]
+    verdict = "above" if points > 2 * error else "below" if points < -2 * error else "within the noise of"
     for said in (f"at lambda = {merge['best_lambda']:g} it gets {100 * test['absolute']:.1f} % of the 3,000",
                  f"xi = {xi['mean_xi_in_box']:.2f} in [-1, 1]^2", "not measured (precision.py)",
-                 f"Addition minus probing is {100 * gain['mean']:+.1f} points, with a paired standard error "
-                 f"of {100 * gain['standard_error']:.1f} (n = 3,000)", f"on {gain['tasks_won']} of 3 tasks",
+                 "On the same 3,000 test images addition is",
+                 f"{verdict} the converged one ({100 * merge['probing']['converged']['absolute']:.1f} %): "
+                 f"{points:+.1f} +- {error:.1f} points, above it on {minus['tasks_won']} of 3 tasks",
                  f"The control full, whose heads train along, gets {100 * full['test']['absolute']:.1f} %"):
         assert said in opening, said
     assert merge["gain"]["mean"] == pytest.approx(test["absolute"] - merge["test_lambda0"]["absolute"])

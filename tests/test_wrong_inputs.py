@@ -164,7 +164,7 @@ def test_unusual_images_are_read(small_encoder, tmp_path):
 # --------------------------------------------------------------------------------------- files under runs/
 
 FILES = {
-    "tiny/pretrained.safetensors": "probe", "tiny/heads/signs.safetensors": "finetune",
+    "tiny/pretrained.safetensors": "probe", "tiny/heads/paper/signs.safetensors": "finetune",
     "tiny/features/signs.safetensors": "merge_eval", "tiny/aligned/vectors/signs.safetensors": "merge_eval",
     "tiny/aligned/finetuned/signs.safetensors": "make_vectors", "inputs/*signs*/about.json": "merge_eval",
     "inputs/*signs*/test_inputs.npy": "merge_eval", "inputs/*signs*/train_labels.npy": "merge_eval",
