@@ -146,11 +146,12 @@ def test_features_that_are_not_finite_are_refused_and_not_cached(small_encoder, 
 
 def test_a_learning_rate_or_a_lambda_beyond_all_bounds_leaves_no_result(copy):
     heads = {path: path.read_bytes() for path in (copy / "tiny/heads").iterdir()}
-    words = ["--probe-lr", "1e39", "--probe-steps", "20", "--overwrite"]
+    words = ["--tasks", "signs", "--probe-lr", "1e39", "--probe-steps", "20", "--overwrite"]
     assert "not finite" in refuse("probe", "tiny", "--runs", copy, *words)
     assert all(path.read_bytes() == before for path, before in heads.items())
     (copy / "tiny/aligned/merge.json").unlink()
-    message = refuse("merge_eval", "tiny", "--runs", copy, "--lambda-max", "1e38", "--lambdas", "2")
+    words = ["--tasks", "signs", "--lambda-max", "1e38", "--lambdas", "2"]
+    message = refuse("merge_eval", "tiny", "--runs", copy, *words)
     assert "theta_pre + [1e+38] x task vectors" in message and not (copy / "tiny/aligned/merge.json").exists()
 
 
@@ -228,8 +229,9 @@ def test_the_merged_encoder_is_bit_for_bit_the_one_that_was_evaluated(copy, monk
     """Its own file gives every count of merge.json, and holds what the evaluator writes at that lambda."""
     accuracies = itertools.count(1)                        # the last lambda is the best
     monkeypatch.setattr(merge_eval, "normalized_accuracy", lambda *given: next(accuracies))
-    perform("merge_eval", "tiny", "--runs", copy, "--lambdas", "2", "--lambda-max", "0.3")
-    merge, there = read(copy / "tiny/aligned/merge.json"), opened(copy)
+    words = ["--tasks", "signs,textures"]
+    perform("merge_eval", "tiny", "--runs", copy, "--lambdas", "2", "--lambda-max", "0.3", *words)
+    merge, there = read(copy / "tiny/aligned/merge.json"), opened(copy, *words)
     assert merge["best_lambda"] == 0.3
     shipped, _ = files.load_tensors(copy / "tiny/aligned/merged.safetensors", "")
     evaluator, heads = there.evaluator(0), list(there.heads.values())
