@@ -326,7 +326,7 @@ def training(recipe, encoder, machine, batch_size):
     if recipe.linear:
         forward = linearized.forward(module, encoder, device)
     elif machine.compiled and device.type == "cuda":
-        forward = torch.compile(module, dynamic=False)
+        forward = devices.compile_module(module)
 
     def train(steps):
         plan = {"lr": 1e-5, "steps": steps, "batch_size": batch_size, "seed": 0}

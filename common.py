@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from lib import generated, ranks, store
-from lib.devices import evaluation_batch
+from lib.devices import compile_module, evaluation_batch
 from lib.encoders import weights_of
 from lib.files import Refused, load_tensors, save_tensors
 from lib.progress import progress
@@ -191,9 +191,23 @@ def logits(features, head):
     return F.linear(features, head.weight, head.bias)
 
 
+def classes_of(features, head):
+    """(N, D) features and a Head -> (N,) int64 classes, -1 where the largest logit is not finite."""
+    largest, classes = logits(features, head).max(1)
+    return torch.where(largest.isfinite(), classes, -1)
+
+
 def predict(features, head):
-    """(N, D) features and a Head -> (N,) int64 predicted classes."""
-    return logits(features, head).argmax(1)
+    """(N, D) features and a Head -> (N,) int64 predicted classes; Refused where logits are not finite."""
+    return all_predicted(classes_of(features, head), "a head on its features; try a smaller learning rate")
+
+
+def all_predicted(classes, where):
+    """Predicted classes (N,) as they are; Refused where one is -1. argmax of NaN is no class."""
+    lost = int((classes < 0).sum())
+    if lost:
+        raise Refused(f"the logits of {lost} of {len(classes)} inputs are not finite under {where}")
+    return classes
 
 
 def count_hits(features, head, split):
@@ -243,7 +257,7 @@ class Evaluator:
                 if hasattr(part, "fused_attn"):
                     # inductor's own softmax between two products is faster
                     part.fused_attn = False
-        self.forward = torch.compile(self.module, dynamic=False) if compile else self.module
+        self.forward = compile_module(self.module) if compile else self.module
         self.batch_size = min(ranks.gather(evaluation_batch(self.module, encoder, device, dtype)))
 
     def use_vectors(self, vectors):
@@ -256,8 +270,11 @@ class Evaluator:
         for name, slot in self.slots.items():
             slot.copy_(self.theta_pre[name])
 
-    def write(self, coefficients):
-        """Write theta_pre + sum_t c_t tau_t into the encoder tensor by tensor; no coefficients: theta_pre."""
+    def merged(self, coefficients):
+        """Yield (name, float32 tensor) of theta_pre + sum_t c_t tau_t; no coefficients: of theta_pre.
+
+        The one place that forms a merge: what is saved is bit for bit what was evaluated.
+        """
         for name in self.changed:
             merged = self.theta_pre[name]
             for coefficient, vector in zip(coefficients, self.vectors, strict=len(coefficients) > 0):
@@ -265,7 +282,12 @@ class Evaluator:
                     merged = torch.add(merged, vector[name], alpha=float(coefficient))
             if name.endswith("running_var"):                 # a batch norm's variance
                 merged = merged.clamp_min(0)
-            self.slots[name].copy_(merged)
+            yield name, merged
+
+    def write(self, coefficients):
+        """Write a merge into the encoder tensor by tensor."""
+        for name, tensor in self.merged(coefficients):
+            self.slots[name].copy_(tensor)
 
     def chunks(self, splits):
         """Yield (begin, inputs): the splits as one stream in chunks, prepared and padded to whole batches."""
@@ -329,9 +351,13 @@ class Evaluator:
                 for split, head in zip(splits, heads, strict=True):
                     low, high = max(start, first), min(start + len(split), first + len(features))
                     if low < high:
-                        out[k, low:high] = predict(features[low - first:high - first], head)
+                        out[k, low:high] = classes_of(features[low - first:high - first], head)
                     start += len(split)
-        return self.gathered(out, splits)
+        parts = self.gathered(out, splits)
+        for classes, coefficients in zip(out, settings, strict=True):    # each process sees all of them
+            all_predicted(classes, f"theta_pre + {[float(c) for c in coefficients]} x task vectors in "
+                                   f"{str(self.dtype)[6:]}; try smaller lambdas, or --dtype fp32")
+        return parts
 
     def hits(self, splits, heads, settings):
         """Correct predictions, one list of K counts per split; divide by len(split) once."""
@@ -368,5 +394,9 @@ def cached_features(folder, task, evaluator, overwrite=False):
                 raise
     computed = evaluator.features(list(task.splits.values()))
     features = {split: found[0] for split, found in zip(task.splits, computed, strict=True)}
+    for split, found in features.items():
+        if not found.isfinite().all():
+            raise Refused(f"task {task.name}: features of split {split} under theta_pre of {encoder.name} "
+                          f"are not finite in {about['dtype']}: another checkpoint, or --dtype fp32")
     save_tensors(path, features, **about)
     return features

@@ -8,9 +8,9 @@ Weight disentanglement: how often adding another task's vector changes a task's 
 
 Reads   runs/ENCODER/pretrained.safetensors, heads/ (probe.py), NAME/finetune.json,
         NAME/vectors/TASK.safetensors (make_vectors.py)
-Writes  runs/ENCODER/NAME/disentangle/A-B.npz and .png, disentangle.json; of the metric representation
-        representation/ and representation.json; while it works state/disentangle-A-B.json with the finished
-        rows, from which it goes on
+Writes  runs/ENCODER/NAME/disentangle/A-B.npz and .png (A+B where a task's name has a hyphen),
+        disentangle.json; of the metric representation representation/ and representation.json; while it
+        works state/disentangle-A-B.json with the finished rows, from which it goes on
 Source  arXiv:2511.14569 section 4.1 and Figure 1: xi is the sum of both tasks' terms, in [0, 2]; of
         representations arXiv:2407.07089 section 4: the mean over images of
         KL(softmax f(x; theta_pre + lambda_t tau_t) || softmax f(x; both)), summed over both tasks
@@ -152,10 +152,14 @@ def main(args):
                 save_arrays(study.here / stem / f"{pair}.npz", xi=xi, lambdas=lambdas)
                 plots.heat_map_of_pair(study.here / stem / f"{pair}.png", xi, lambdas, (a, b),
                                        f"{args.encoder}, {study.name}", label, top)
-                result.rows[pair] = describe(xi, lambdas) | {"tasks": [a, b], "samples": samples,
-                                                             "seconds": state["seconds"]}
-                row = result.rows[pair]
-                print(f"disentangle {pair}, {metric}: mean xi in [-1, 1]^2 {row['mean_xi_in_box']:.4f}, "
+                row = describe(xi, lambdas) | {"tasks": [a, b], "samples": samples,
+                                               "seconds": state["seconds"]}
+                error = ""
+                if metric == "prediction":
+                    row["mean_xi_error_at_most"] = sampling_error(xi, lambdas, min(samples))
+                    error = f" +- {row['mean_xi_error_at_most']:.4f} at most"
+                result.rows[pair], box = row, f"[-{row['box']:g}, {row['box']:g}]^2"
+                print(f"disentangle {pair}, {metric}: mean xi in {box} {row['mean_xi_in_box']:.4f}{error}, "
                       f"at the origin {row['xi_at_origin']:g}, n = {samples}, {state['seconds']:.1f} s",
                       flush=True)
 
@@ -169,27 +173,60 @@ def open_result(study, metric, settings, made_of):
 
 
 def choose_pairs(text, names):
-    """{A-B: (A, B)} for --pairs; Refused for an unknown task, a task with itself, or fewer than two tasks."""
+    """{pair_name: (A, B)} for --pairs; Refused: an unknown task, a task with itself, fewer than two tasks, or
+    A-B that could mean two pairs."""
     if len(names) < 2:
         raise Refused(f"a pair needs two tasks, --tasks names {', '.join(names)}")
     every = list(itertools.combinations(names, 2))
     if text in ("all", "first"):
-        return {f"{a}-{b}": (a, b) for a, b in (every if text == "all" else every[:1])}
+        return {pair_name(a, b): (a, b) for a, b in (every if text == "all" else every[:1])}
     pairs = {}
     for word in text.split(","):
-        fitting = [(a, b) for a, b in itertools.permutations(names, 2) if word == f"{a}-{b}"]
+        fitting = [(a, b) for a, b in itertools.permutations(names, 2) if word in (f"{a}-{b}", f"{a}+{b}")]
         if len(fitting) != 1:
-            raise Refused(f"--pairs: {word!r} is not A-B with A and B two of {', '.join(names)}")
-        pairs[word] = fitting[0]
+            raise Refused(f"--pairs: {word!r} is not A-B with A and B two of {', '.join(names)}"
+                          f"{' in one way only: write A+B' if fitting else ''}")
+        pairs[pair_name(*fitting[0])] = fitting[0]
     return pairs
+
+
+def pair_name(a, b):
+    """A-B, or A+B where a task's own name has a hyphen: `a` with `b-c` and `a-b` with `c` are two pairs."""
+    return f"{a}+{b}" if "-" in a + b else f"{a}-{b}"
 
 
 def describe(xi, lambdas):
     """The numbers of one heat map (points, points)."""
-    inside, middle = np.abs(lambdas) <= 1, len(lambdas) // 2
-    return {"points": len(lambdas), "limit": float(lambdas[-1]),
-            "mean_xi_in_box": float(xi[np.ix_(inside, inside)].mean()),
+    middle, weights = len(lambdas) // 2, box_weights(lambdas)
+    return {"points": len(lambdas), "limit": float(lambdas[-1]), "box": min(1.0, float(lambdas[-1])),
+            "mean_xi_in_box": float(weights @ xi @ weights),
             "xi_at_origin": float(xi[middle, middle]), "max_xi": float(xi.max())}
+
+
+def box_weights(lambdas):
+    """(points,) w so that w @ xi @ w is the mean of xi over the box [-1, 1]^2.
+
+    The trapezoidal rule: xi is taken as bilinear between the grid's lines, also at the box's edge where it
+    has none. A box that the grid does not reach ends where the grid does. The axes, on which one of the two
+    terms is 0 by definition, weigh nothing by themselves, but a coarse grid flattens the valley around them.
+    """
+    edge = min(1.0, lambdas[-1])
+    knots = [-edge, *lambdas[np.abs(lambdas) < edge], edge]
+    # each hat is 1 on a line of its own and 0 on the others
+    hats = [np.interp(knots, lambdas, own) for own in np.eye(len(lambdas))]
+    return np.trapezoid(hats, knots) / (2 * edge)
+
+
+def sampling_error(xi, lambdas, n):
+    """What the standard error of mean xi in the box is at most, from the choice of images.
+
+    Each task's term is a share e of its images, of variance e (1 - e) / n; that of xi, the sum of two, is at
+    most xi (1 - xi / 2) / n. Cells share their images: standard errors are averaged, not variances.
+
+    n  images of the task that has fewer
+    """
+    weights = box_weights(lambdas)
+    return float(weights @ np.sqrt(xi * (1 - xi / 2) / n) @ weights)
 
 
 def compared(evaluator, metrics, splits, heads, settings):

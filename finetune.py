@@ -48,12 +48,13 @@ class Recipe(NamedTuple):
     linear: bool = False  # the encoder is its first-order Taylor expansion at theta_pre
 
 
-# the parameters' names in timm and in open_clip
-ATTENTION = r"attn\.(qkv|[qkv]_proj|proj|in_proj|out_proj)[._]weight$"
-ATTENTION_BIAS = r"attn\.(qkv|[qkv]_proj|proj|in_proj|out_proj)[._](weight|bias)$"
-ATTENTION_MLP = r"(attn\.(qkv|[qkv]_proj|proj|in_proj|out_proj)[._]|mlp\.(fc1|fc2|c_fc|c_proj)\.)weight$"
-ATTENTION_MLP_BIAS = (r"(attn\.(qkv|[qkv]_proj|proj|in_proj|out_proj)[._]|mlp\.(fc1|fc2|c_fc|c_proj)\.)"
-                      r"(weight|bias)$")
+# the parameters' names in timm and in open_clip; biases of some families are attn.q_bias and attn.v_bias
+PROJECTION = r"attn\.(qkv|qk|kv|w?[qkv]|[qkv]_proj|proj|in_proj|out_proj)[._]"
+LAYER = r"mlp\.(fc1|fc1_[gx]|fc2|c_fc|c_proj)\."
+ATTENTION = rf"{PROJECTION}weight$"
+ATTENTION_BIAS = rf"{PROJECTION}(weight|bias)$"
+ATTENTION_MLP = rf"({PROJECTION}|{LAYER})weight$"
+ATTENTION_MLP_BIAS = rf"({PROJECTION}|{LAYER})(weight|bias)$"
 
 RECIPES = {
     "aligned": Recipe("probed", False),
@@ -255,13 +256,23 @@ def first_heads(recipe, study, paths, weights):
 
 
 def choose_parameters(module, recipe, what):
-    """Let the parameters train that the recipe names, and only those; returns how many numbers they hold."""
-    count = 0
+    """Let the parameters train that the recipe names, and only those; returns how many numbers they hold.
+
+    Errors  Refused: there is none, or a matrix of the attention (the MLP) by another name would stay as it is
+    """
+    count, left_out = 0, []
+    parts = "|".join(part for part in ("attn", "mlp") if part in recipe.trained)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(bool(re.search(recipe.trained, name)))
         count += parameter.numel() if parameter.requires_grad else 0
+        if parts and not parameter.requires_grad and parameter.ndim == 2:
+            left_out += re.findall(rf"(?:^|\.)((?:{parts})\.\w+\.weight)$", name)
     if count == 0:
         raise Refused(f"{what}: no parameter is named like {recipe.trained!r}; "
+                      f"recipes aligned and full train any encoder")
+    if left_out:
+        named = ", ".join(sorted(set(left_out)))
+        raise Refused(f"{what} would leave out {named} ({len(left_out)} matrices): "
                       f"recipes aligned and full train any encoder")
     return count
 
@@ -274,7 +285,7 @@ def training_forward(module, recipe, study, images):
     compiled, why = devices.compile_pays(study.compile, study.device, study.encoder, images)
     if study.device.type == "cpu" and study.compile == "auto":
         compiled, why = False, "a compiled training step is no faster on CPUs"
-    return ((torch.compile(module, dynamic=False), f"compiled ({why})") if compiled
+    return ((devices.compile_module(module), f"compiled ({why})") if compiled
             else (module, f"eager ({why})"))
 
 
@@ -314,6 +325,8 @@ def train(forward, module, encoder, task, head, recipe, plan, amp=False, state=N
     what = f"finetune {task.name} lr {plan['lr']:g}" + (f" from step {begun}" if begun else "")
     bar = progress(order[begun:], what, "step")
     for step, rows in enumerate(bar, begun):
+        # of which stochastic depth draws, in a training that goes on as in one that was never killed
+        torch.manual_seed((plan["seed"] * plan["steps"] + step) % 2 ** 63)
         optimizer.param_groups[0]["lr"] = learning_rate(step, plan["steps"], plan["lr"])
         batch = encoder.augment(inputs[rows], generator)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):

@@ -58,7 +58,7 @@ def main(args):
     matrices = [key for key in changed
                 if theta_pre[key].ndim >= 2 and min(theta_pre[key].flatten(1).shape) >= 2 * RANK]
     norms, relative_norms, layers, norm_pre = {}, {}, {}, norm(theta_pre)
-    directions, subspaces = [], {key: [] for key in matrices}
+    flat, subspaces = [], {key: [] for key in matrices}
     for name in names:
         theta_t, about = load_tensors(tuned[name], made_by, theta_pre=study.encoder.fingerprint,
                                       recipe=recipe)
@@ -70,7 +70,7 @@ def main(args):
                           f"try a larger --lr or more --steps")
         relative_norms[name] = norms[name] / norm_pre
         layers[name] = relative_norms_of_layers(tau_t, theta_pre)
-        directions.append(torch.cat([tau_t[key].flatten() for key in tau_t]) / norms[name])
+        flat.append(torch.cat([tau_t[key].flatten() for key in tau_t]))
         for key in matrices:
             update = tau_t[key].flatten(1).to(study.device if study.device.type == "cuda" else "cpu")
             subspaces[key].append(leading_directions(update, RANK))
@@ -78,7 +78,7 @@ def main(args):
               flush=True)
 
     # ---------------------------------------------------- angles, and overlap of subspaces
-    cosine = pairwise(lambda a, b: float(a @ b), directions)                           # (T, T)
+    cosine = cosines(flat)                                                             # (T, T)
     per_layer = {key: pairwise(overlap_of, bases) for key, bases in subspaces.items()}    # (T, T) each
     overlap = np.mean(list(per_layer.values()), axis=0).tolist() if matrices else None
     chance = {key: RANK / min(theta_pre[key].flatten(1).shape) for key in matrices}
@@ -111,6 +111,16 @@ def leading_directions(matrix, rank):
 def overlap_of(a, b):
     """|a^T b|^2 / k of two subspaces, (d, k) orthonormal each: 1 where they are the same."""
     return float((a.T @ b).square().sum() / a.shape[1])
+
+
+def cosines(vectors):
+    """(T, T) cosines of T vectors, float32 of any length, summed in double."""
+    products = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
+    for pieces in zip(*[vector.split(2 ** 20) for vector in vectors], strict=True):
+        block = torch.stack(pieces).double()               # (T, at most 2^20)
+        products += block @ block.T
+    lengths = products.diagonal().sqrt()
+    return (products / torch.outer(lengths, lengths)).tolist()
 
 
 def pairwise(function, items):

@@ -19,7 +19,7 @@ import torch
 
 from common import PROBES, cached_features, count_hits, mean, normalized_accuracy, predict
 from lib import flags, plots, ranks
-from lib.encoders import weights_of
+from lib.encoders import separate_weights
 from lib.files import save_tensors
 from lib.study import open_study, run
 from lib.vectors import add_up, load_vector
@@ -114,10 +114,9 @@ def main(args):
             "seconds": state["seconds"],
             "images_per_second": (len(lambdas) - 1) * sum(n["val"].values()) / max(state["seconds"], 1e-9)}
         if not recipe["linear"]:             # whose merge is no set of weights for the encoder as it is
-            theta_pre = weights_of(encoder.module)
-            weights = {name: theta_pre[name] + lambdas[best] * vector for name, vector in merged.items()}
-            save_tensors(files[1], encoder.module.state_dict() | weights, theta_pre=encoder.fingerprint,
-                         recipe=recipe, tasks=list(tasks), best_lambda=lambdas[best])
+            weights = separate_weights(encoder.module) | dict(evaluator.merged((lambdas[best],)))
+            save_tensors(files[1], weights, theta_pre=encoder.fingerprint, recipe=recipe, tasks=list(tasks),
+                         best_lambda=lambdas[best])
         plots.lambda_curve(files[0], result.values, f"{args.encoder}, {study.name}, {len(tasks)} tasks", zero)
 
     # ---------------------------------------------------- say

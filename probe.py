@@ -67,8 +67,8 @@ def main(args):
     # ---------------------------------------------------- the paper's learning rate, on one task's validation
     if "lr" not in result.values:
         searched = tasks[search_task(tasks)]
-        features, accuracies = cached_features(folder, searched, evaluator, args.overwrite), {}
-        start = time.perf_counter()
+        start, accuracies = time.perf_counter(), {}         # a part of probing, so are the features
+        features = cached_features(folder, searched, evaluator, args.overwrite)
         for lr in [args.probe_lr] if args.probe_lr else LEARNING_RATES:
             head = train_head(features["train"], searched, lr, args.probe_steps, args.seed)
             accuracies[lr] = count_hits(features["val"], head, searched.splits["val"]) / len(features["val"])

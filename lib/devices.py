@@ -27,6 +27,8 @@ def pick_device(name):
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise Refused(f"--device {name} is not usable here ({reason}); try --device cpu") from error
+    # fp32 means fp32: from Ampere on convolutions would round to TF32's ten bits, products where told to
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return device
 
 
@@ -67,11 +69,22 @@ def compile_pays(mode, device, encoder, images):
     return work >= enough, f"{work:.1e} FLOP ahead, compiling pays from {enough:.0e}"
 
 
+def compile_module(module):
+    """A module compiled for one shape of input.
+
+    Its weights are written in place: neither they nor the outputs' memory may be frozen into the code, which
+    TORCHINDUCTOR_FREEZING and the like in the environment ask for.
+    """
+    return torch.compile(module, dynamic=False, options={"freezing": False, "triton.cudagraphs": False})
+
+
 def forward_flops(encoder):
     """Floating-point operations of one input's forward pass (2 per multiply-add)."""
     from torch.utils.flop_counter import FlopCounterMode
+    # detached: the counter's hooks fail where a module takes parameters that want gradients
+    weights = {name: parameter.detach() for name, parameter in encoder.module.named_parameters()}
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        encoder.module(encoder.example(1))
+        torch.func.functional_call(encoder.module, weights, (encoder.example(1),))
     return counter.get_total_flops()
 
 
@@ -107,12 +120,16 @@ def reset_peak_memory(device):
 
 
 def peak_memory(device):
-    """Peak bytes since reset_peak_memory: of a GPU's allocator, or of the resident process."""
+    """Peak bytes since reset_peak_memory: of a GPU's allocator, or of the resident process.
+
+    On Linux without the pages of memory-mapped files, as many as are resident now.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.exists():    # not ru_maxrss, which a process inherits from its parent
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
+        kib = dict(re.findall(r"(VmHWM|RssAnon|RssFile):\s*(\d+)", status.read_text()))
+        return 1024 * max(int(kib["VmHWM"]) - int(kib["RssFile"]), int(kib["RssAnon"]))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss    # bytes on macOS
 
 

@@ -76,7 +76,11 @@ class Encoder:
 def describe(module, architecture, size, mean, std, crop_pct, **more):
     """The description of an encoder's file; evaluation resizes to size / crop_pct and takes the centre."""
     with torch.no_grad():
-        width = module(torch.zeros(1, 3, size, size, device=next(module.parameters()).device)).shape[1]
+        feature = module(torch.zeros(1, 3, size, size, device=next(module.parameters()).device))
+    if not torch.is_tensor(feature) or feature.ndim != 2:
+        found = tuple(feature.shape) if torch.is_tensor(feature) else type(feature).__name__
+        raise Refused(f"{architecture.get('name')} gives {found} for an image, not one feature (1, D)")
+    width = feature.shape[1]
     return {"architecture": architecture, "size": size, "mean": list(mean), "std": list(std), "width": width,
             "side": int(size / crop_pct), "text_tower": None, "tasks": None, "defaults": {}} | more
 
@@ -134,7 +138,7 @@ def load_encoder(name, runs, weights=None, image_size=None):
 
 def save_encoder(path, module, description, source=None):
     """Write theta_pre and what is needed to build its module again."""
-    save_tensors(path, module.state_dict(), **description, source=source)
+    save_tensors(path, separate_weights(module), **description, source=source)
 
 
 def file_sha256(path):
@@ -148,6 +152,11 @@ def file_sha256(path):
 def weights_of(module):
     """{name: tensor} of all that a task vector covers: parameters and floating-point buffers, not copied."""
     return {name: tensor for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
+
+
+def separate_weights(module):
+    """A copy of a module's state_dict whose tensors share no memory, as safetensors wants them."""
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
 # --------------------------------------------------------------------------------------- timm and open_clip
@@ -164,7 +173,8 @@ def build_architecture(architecture):
         import timm
         return timm.create_model(architecture["name"], pretrained=False, **architecture["kwargs"])
     import open_clip
-    return open_clip.create_model(architecture["name"], pretrained=None, **architecture["kwargs"]).visual
+    model = open_clip.create_model(architecture["name"], pretrained=None, **architecture["kwargs"])
+    return only_the_feature(model.visual)
 
 
 def build_pretrained(name, weights, image_size):
@@ -243,12 +253,23 @@ def build_open_clip(name, weights, image_size):
     config = open_clip.get_pretrained_cfg(arch, tag)
     if config.get("quick_gelu"):
         kwargs["force_quick_gelu"] = True
+    # the tag's own, which open_clip forgets where a file is given
+    statistics = {key: config[key] for key in ("mean", "std") if key in config}
     with checked_download(None if weights else config.get("hf_hub")):
-        module = open_clip.create_model(arch, pretrained=str(weights) if weights else tag, **kwargs).visual
+        model = open_clip.create_model(arch, pretrained=str(weights) if weights else tag,
+                                       force_preprocess_cfg=statistics, **kwargs)
+    module = only_the_feature(model.visual)
     config = module.preprocess_cfg
     size = config["size"] if isinstance(config["size"], int) else config["size"][0]
     return module, {"architecture": {"library": "open_clip", "name": arch, "kwargs": kwargs}, "size": size,
                     "mean": config["mean"], "std": config["std"], "crop_pct": 1.0}
+
+
+def only_the_feature(tower):
+    """An open_clip image tower that gives its feature alone; CoCa's gives (feature, tokens) by itself."""
+    if hasattr(tower, "output_tokens"):
+        tower.output_tokens = False
+    return tower
 
 
 def near(word, known, cutoff):

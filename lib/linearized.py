@@ -21,14 +21,27 @@ def expand(module, theta, tau, inputs):
     theta, tau   {name: tensor}; names that tau lacks do not move. Fused attention has no forward-mode
                  derivative: the plain one is used
     """
-    fixed = {name: tensor for name, tensor in theta.items() if name not in tau}
+    names = set(names_once(module))
+    fixed = {name: tensor for name, tensor in theta.items() if name in names and name not in tau}
+    tau = {name: tensor for name, tensor in tau.items() if name in names}
     moved = {name: theta[name] for name in tau}
 
     def features(weights):
-        return torch.func.functional_call(module, fixed | weights, (inputs,))
+        return torch.func.functional_call(module, fixed | weights, (inputs,), tie_weights=False)
 
     with sdpa_kernel(SDPBackend.MATH):
         return torch.func.jvp(features, (moved,), (tau,))
+
+
+def names_once(module):
+    """Names of parameters and buffers, once for each module that holds them.
+
+    state_dict has several names for the tensors of a module that stands in several places (CoaT), which
+    functional_call would replace, and not put back, several times.
+    """
+    for prefix, part in module.named_modules():
+        for tensors in (part.named_parameters, part.named_buffers):
+            yield from (name for name, _ in tensors(prefix, recurse=False))
 
 
 def forward(module, encoder, device):
@@ -36,7 +49,8 @@ def forward(module, encoder, device):
     theta_pre = {name: tensor.to(device) for name, tensor in weights_of(encoder.module).items()}
 
     def linear(inputs):
-        tau = {name: parameter - theta_pre[name] for name, parameter in module.named_parameters()}
+        named = module.named_parameters(remove_duplicate=False)
+        tau = {name: parameter - theta_pre[name] for name, parameter in named}
         features, tangent = expand(module, theta_pre, tau, inputs)
         return features + tangent
 

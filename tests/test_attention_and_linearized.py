@@ -213,6 +213,73 @@ def test_an_encoder_without_such_parameters_is_refused_and_says_what_was_looked_
     assert finetune.choose_parameters(module, finetune.RECIPES["aligned"], what) == everything
 
 
+@pytest.mark.parametrize("name, biases", [
+    ("eva02_tiny_patch14_224", 36), ("beit_base_patch16_224", 36), ("swinv2_tiny_window8_256", 36),
+    ("swin_tiny_patch4_window7_224", 24), ("eva02_base_patch14_224", 36), ("twins_pcpvt_small", 48),
+    ("deit3_small_patch16_224", 24), ("vit_small_patch16_dinov3", 12),
+])
+def test_every_bias_of_a_projection_trains_in_every_family(name, biases):
+    with torch.device("meta"):
+        module = timm.create_model(name, num_classes=0)
+    finetune.choose_parameters(module, finetune.RECIPES["attention-bias"], name)
+    chosen = [key for key, parameter in module.named_parameters() if parameter.requires_grad]
+    assert len([key for key in chosen if key.endswith("bias")]) == biases
+    assert not any(re.search("norm|table|cpb|mlp", key) for key in chosen)
+
+
+@pytest.mark.parametrize("name, recipe, left_out", [
+    ("cait_xxs24_224", "attention", r"attn\.proj_l\.weight, attn\.proj_w\.weight \(48 matrices\)"),
+    ("volo_d1_224", "attention-bias-random", r"attn\.attn\.weight \(4 matrices\)"),
+    ("vit_giant_patch14_dinov2", "attention-mlp", None),   # its MLP is of SwiGLU: mlp.fc1, mlp.fc2
+    ("eva02_base_patch14_224", "attention-mlp-bias", None),
+])
+def test_a_recipe_that_would_leave_out_a_matrix_is_refused_by_its_name(name, recipe, left_out):
+    with torch.device("meta"):
+        module = timm.create_model(name, num_classes=0)
+    if not left_out:
+        assert finetune.choose_parameters(module, finetune.RECIPES[recipe], name) > 1e6
+        return
+    with pytest.raises(files.Refused, match=f"{name} would leave out {left_out}"):
+        finetune.choose_parameters(module, finetune.RECIPES[recipe], name)
+
+
+def with_dropped_paths(encoder):
+    """A twin of small_encoder whose training drops paths at random."""
+    architecture = encoder.description["architecture"]
+    architecture = architecture | {"kwargs": architecture["kwargs"] | {"drop_path_rate": 0.5, "depth": 3}}
+    torch.manual_seed(0)
+    module = encoders.build_architecture(architecture).eval()
+    return encoders.as_encoder(module, encoder.description, "twin")
+
+
+@pytest.mark.parametrize("recipe", ["aligned", "linearized"])
+def test_training_that_drops_paths_depends_on_its_seed_alone(small_encoder, tmp_path, monkeypatch, recipe):
+    encoder, head = with_dropped_paths(small_encoder), random_head(4, 0)
+    task = common.Task("t", {"train": random_split(60, 4, 0)}, list("abcd"), "", "generated")
+    chosen, state = finetune.RECIPES[recipe], tmp_path / "a.state"
+
+    def trained(seed, steps=6, state=None):
+        plan = {"lr": 1e-3, "steps": steps, "batch_size": 8, "seed": seed}
+        torch.rand(seed + 7)                               # whatever was drawn before
+        module = copying.deepcopy(encoder.module).train()
+        forward = linearized.forward(module, encoder, CPU) if chosen.linear else module
+        return finetune.train(forward, module, encoder, task, head, chosen, plan, False, state, 1e-9)[0]
+
+    def killed(*given):
+        raise KeyboardInterrupt
+
+    first = trained(0)
+    assert all(torch.equal(tensor, first[name]) for name, tensor in trained(0).items())
+    assert not torch.equal(trained(1)["blocks.0.attn.qkv.weight"], first["blocks.0.attn.qkv.weight"])
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        save, calls = finetune.save_state, itertools.count(1)
+        patched.setattr(finetune, "save_state",
+                        lambda *given: save(*given) if next(calls) < 4 else killed())
+        trained(0, state=state)
+    assert state.exists()
+    assert all(torch.equal(tensor, first[name]) for name, tensor in trained(0, state=state).items())
+
+
 # --------------------------------------------------------------------------------------- through the stages
 
 

@@ -1,9 +1,12 @@
 """Real architectures with random weights, real file layouts, downloads from a stand-in hub on loopback."""
+import copy as copying
 import hashlib
 import io
 import json
 import sys
 import time
+from types import SimpleNamespace
+from unittest import mock
 
 import common
 import numpy as np
@@ -15,7 +18,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from stand_in_hub import client_environment, serve, write_data_set, write_timm_model
 
-from lib import encoders
+from lib import encoders, linearized
+from lib.devices import forward_flops
 from lib.encoders import load_encoder
 from lib.files import Refused
 
@@ -106,6 +110,82 @@ def test_an_open_clip_tower_from_a_local_file_gives_its_projected_feature(tmp_pa
     assert (encoder.mean, encoder.std) == CLIP
     assert encoder.side == encoder.size == 224             # the whole picture, no margin cropped
     assert load_encoder(OPEN_CLIP, tmp_path / "runs").fingerprint == encoder.fingerprint
+
+
+def test_a_file_of_weights_keeps_the_statistics_of_its_tag(tmp_path):
+    import open_clip
+    tower, asked = SimpleNamespace(output_tokens=True), {}
+
+    def create(arch, **kwargs):
+        asked.update(kwargs)
+        tower.preprocess_cfg = {"size": 256, "mean": CLIP[0], "std": CLIP[1]} | kwargs["force_preprocess_cfg"]
+        return SimpleNamespace(visual=tower)
+
+    for name, statistics in (("ViT-B-16-SigLIP/webli", HALF), ("ViT-B-32/laion2b_s34b_b79k", CLIP),
+                             ("ViT-B-32/of-ones-own", CLIP)):
+        with mock.patch.object(open_clip, "create_model", create):
+            _, taken = encoders.build_open_clip(name, tmp_path / "file.pt", None)
+        assert (taken["mean"], taken["std"]) == statistics
+        assert asked["pretrained"] == str(tmp_path / "file.pt") and not tower.output_tokens
+
+
+def test_a_tower_of_coca_gives_its_feature_alone():
+    architecture = {"library": "open_clip", "name": "coca_ViT-B-32", "kwargs": {"device": "meta"}}
+    module = encoders.build_architecture(architecture).eval()
+    assert module(torch.zeros(2, 3, 224, 224, device="meta")).shape == (2, 512)
+
+
+def test_a_module_without_one_feature_per_image_is_refused():
+    class Maps(torch.nn.Conv2d):
+        def forward(self, images):
+            maps = super().forward(images)
+            return maps if self.groups == 1 else (maps, maps)
+
+    for groups, said in ((1, r"\(1, 6, 3, 3\)"), (3, "tuple")):
+        with pytest.raises(Refused, match=f"maps gives {said} for an image"):
+            encoders.describe(Maps(3, 6, 2, groups=groups), {"name": "maps"}, 4, *HALF, 1.0)
+
+
+@pytest.mark.parametrize("name", ["pit_ti_224", "cait_xxs24_224", "coat_lite_tiny"])
+def test_the_work_of_modules_that_take_tuples_or_parameters_is_counted(name):
+    module = timm.create_model(name, num_classes=0).eval()
+    description = {"encoder": name, "size": 224, "side": 224, "width": 1, "mean": HALF[0], "std": HALF[1]}
+    assert 1e9 < forward_flops(encoders.as_encoder(module, description)) < 8e9
+
+
+def test_a_module_in_several_places_is_saved_and_linearized(tmp_path):
+    """CoaT's parameters have several names each."""
+    torch.manual_seed(0)
+    name, size, cpu = "coat_lite_tiny", 64, torch.device("cpu")
+    architecture = {"library": "timm", "name": name, "kwargs": {"num_classes": 0, "img_size": size}}
+    module = encoders.build_architecture(architecture).eval()
+    encoders.save_encoder(tmp_path / f"timm_{name}/pretrained.safetensors", module,
+                          encoders.describe(module, architecture, size, *HALF, 0.9, encoder=f"timm:{name}"))
+    encoder, images = load_encoder(f"timm:{name}", tmp_path), torch.randn(2, 3, size, size)
+    theta, tau, moved = encoders.weights_of(encoder.module), {}, copying.deepcopy(encoder.module)
+    with torch.no_grad():
+        for parameter in moved.parameters():
+            parameter += 1e-5 * torch.randn(parameter.shape)
+    for key, tensor in encoders.weights_of(moved).items():
+        tau[key] = tensor - theta[key]
+    assert len(tau) > len(list(module.parameters()))
+    value, tangent = linearized.expand(encoder.module, theta, tau, images)
+    with torch.no_grad():
+        torch.testing.assert_close(value, encoder.module(images), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(moved(images) - value, tangent, atol=1e-5, rtol=0.05)
+    assert tangent.abs().max() > 1e-4
+    evaluator, split = common.Evaluator(encoder, cpu, torch.float32), np.zeros((2, 3, size, size), np.uint8)
+    evaluator.use_vectors([tau])
+    [features] = evaluator.features([common.Split(split, np.arange(2), np.arange(2))], [(1.0,)])
+    with torch.no_grad():
+        by_hand = moved(encoder.prepare(torch.from_numpy(split)))
+    torch.testing.assert_close(features[0], by_hand, atol=1e-5, rtol=1e-4)
+    unused = []
+    for forward in (moved, linearized.forward(moved, encoder, cpu)):
+        moved.zero_grad()
+        forward(images).sum().backward()
+        unused.append({key for key, parameter in moved.named_parameters() if parameter.grad is None})
+    assert unused[0] == unused[1]
 
 
 def test_the_scaling_laws_checkpoint_loads_into_timm_and_agrees_with_open_clip(tmp_path):

@@ -1,4 +1,7 @@
 """Laws of the arithmetic; each test's name states one."""
+import copy as copying
+import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -14,9 +17,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import TASKS
+from conftest import TASKS, perform, refuse
 
-from lib import encoders, files, generated, images, training, vectors
+from lib import devices, encoders, files, generated, images, linearized, training, vectors
 from lib.encoders import weights_of
 from lib.study import open_study
 
@@ -100,13 +103,56 @@ def test_compiled_equals_eager_in_one_graph_also_after_the_weights_change(small_
     settings, predicted = [(0.0,), (0.3,), (1.0,)], {}
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    for compiled in (True, False):
-        evaluator = common.Evaluator(small_encoder, CPU, torch.float32, compiled)
-        evaluator.use_vectors([random_vector(small_encoder, 2)])
-        predicted[compiled] = evaluator.predictions([split], [head], settings)[0]
+    with torch._inductor.config.patch(freezing=True):      # as TORCHINDUCTOR_FREEZING=1 sets it
+        for compiled in (True, False):
+            evaluator = common.Evaluator(small_encoder, CPU, torch.float32, compiled)
+            evaluator.use_vectors([random_vector(small_encoder, 2)])
+            predicted[compiled] = evaluator.predictions([split], [head], settings)[0]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert torch.equal(predicted[True], predicted[False])
     assert not torch.equal(predicted[True][0], predicted[True][2])
+
+
+def scaled(encoder, factor):
+    """An encoder with all its weights times a factor."""
+    module = copying.deepcopy(encoder.module)
+    module.load_state_dict({name: factor * tensor for name, tensor in weights_of(module).items()})
+    return dataclasses.replace(encoder, module=module)
+
+
+@pytest.mark.parametrize("kind", [common.Evaluator, linearized.LinearizedEvaluator])
+def test_logits_that_are_not_finite_are_refused_and_never_counted(small_encoder, kind, tmp_path):
+    split, head, vector = random_split(40, 4), random_head(4, 1), random_vector(small_encoder, 2)
+    for broken in (head._replace(weight=head.weight * float("nan")), head._replace(bias=head.bias / 0),
+                   head._replace(weight=head.weight * 1e39)):
+        evaluator = kind(small_encoder, CPU, torch.float32)
+        with pytest.raises(files.Refused, match="40 of 40 inputs are not finite"):
+            evaluator.hits([split], [broken], [()])
+        with pytest.raises(files.Refused, match="40 of 40 inputs are not finite"):
+            common.count_hits(evaluator.features([split])[0][0] * 1e3, broken, split)
+    evaluator.use_vectors([vector])
+    assert evaluator.hits([split], [head], [(0.5,)])[0][0] > 0
+    with pytest.raises(files.Refused, match=r"inputs are not finite under theta_pre \+ \[1e\+38\] x"):
+        evaluator.hits([split], [head], [(0.5,), (1e38,)])
+
+
+def test_features_that_are_not_finite_are_refused_and_not_cached(small_encoder, tmp_path):
+    task = common.Task("t", {"val": random_split(40, 4)}, list("abcd"), "", "generated")
+    evaluator = common.Evaluator(scaled(small_encoder, 1e38), CPU, torch.float32)
+    with pytest.raises(files.Refused, match="task t: features of split val under theta_pre of small are not"):
+        common.cached_features(tmp_path, task, evaluator)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_learning_rate_or_a_lambda_beyond_all_bounds_leaves_no_result(copy):
+    heads = {path: path.read_bytes() for path in (copy / "tiny/heads").iterdir()}
+    words = ["--tasks", "signs", "--probe-lr", "1e39", "--probe-steps", "20", "--overwrite"]
+    assert "not finite" in refuse("probe", "tiny", "--runs", copy, *words)
+    assert all(path.read_bytes() == before for path, before in heads.items())
+    (copy / "tiny/aligned/merge.json").unlink()
+    words = ["--tasks", "signs", "--lambda-max", "1e38", "--lambdas", "2"]
+    message = refuse("merge_eval", "tiny", "--runs", copy, *words)
+    assert "theta_pre + [1e+38] x task vectors" in message and not (copy / "tiny/aligned/merge.json").exists()
 
 
 # --------------------------------------------------------------------------------------- task vectors
@@ -180,6 +226,42 @@ def test_the_merged_encoder_loads_into_timm_and_repeats_the_test_accuracy(study)
     assert abs(hits - merge["test"]["hits"]["textures"]) <= 1
 
 
+def test_the_merged_encoder_is_bit_for_bit_the_one_that_was_evaluated(copy, monkeypatch):
+    """Its own file gives every count of merge.json, and holds what the evaluator writes at that lambda."""
+    accuracies = itertools.count(1)                        # the last lambda is the best
+    monkeypatch.setattr(merge_eval, "normalized_accuracy", lambda *given: next(accuracies))
+    words = ["--tasks", "signs,textures"]
+    perform("merge_eval", "tiny", "--runs", copy, "--lambdas", "2", "--lambda-max", "0.3", *words)
+    merge, there = read(copy / "tiny/aligned/merge.json"), opened(copy, *words)
+    assert merge["best_lambda"] == 0.3
+    shipped, _ = files.load_tensors(copy / "tiny/aligned/merged.safetensors", "")
+    evaluator, heads = there.evaluator(0), list(there.heads.values())
+    splits = [task.splits["test"] for task in there.tasks.values()]
+    evaluator.use_vectors([vectors.add_up(vectors.load_vector(there.source, name, there.encoder)
+                                          for name in there.tasks)])
+    evaluator.write((0.3,))
+    for name, slot in evaluator.slots.items():
+        assert torch.equal(slot, shipped[name].to(slot.dtype)), name
+    there.encoder.module.load_state_dict(shipped)
+    hits = there.evaluator(0).hits(splits, heads, [()])
+    assert {name: count for name, [count] in zip(there.tasks, hits, strict=True)} == merge["test"]["hits"]
+
+
+def test_a_batch_norm_merge_is_saved_as_it_is_evaluated():
+    """A merged variance below zero counts as zero, in the evaluator and in the file."""
+    torch.manual_seed(0)
+    layers = torch.nn.Conv2d(3, 8, 16), torch.nn.BatchNorm2d(8), torch.nn.Flatten()
+    module = torch.nn.Sequential(*layers).eval()
+    description = encoders.describe(module, {}, 16, (0.5,) * 3, (0.5,) * 3, 1.0, encoder="batch norm")
+    encoder, split = encoders.as_encoder(module, description), random_split(40, 4)
+    evaluator = common.Evaluator(encoder, CPU, torch.float32)
+    evaluator.use_vectors([random_vector(encoder, 0) | {"1.running_var": torch.linspace(-9, 9, 8)}])
+    [evaluated] = evaluator.features([split], [(0.3,)])
+    module.load_state_dict(module.state_dict() | dict(evaluator.merged((0.3,))))
+    [saved] = common.Evaluator(encoder, CPU, torch.float32).features([split])
+    assert evaluated.isfinite().all() and torch.equal(evaluated[0], saved[0])
+
+
 def test_lambda_is_chosen_on_validation_by_normalized_accuracy(study):
     merge = read(study / "tiny/aligned/merge.json")
     finetuned = read(study / "tiny/aligned/finetune.json")["tasks"]
@@ -229,6 +311,53 @@ def test_disentanglement_error_laws(small_encoder):
         disentangle.disentanglement_error(torch.zeros(0), torch.zeros(0))
     with pytest.raises(ValueError):
         disentangle.disentanglement_error(torch.zeros(3), torch.zeros(4))
+
+
+def test_every_pair_has_a_name_of_its_own():
+    names = ["a", "b-c", "a-b", "c", "-c", "a-"]
+    pairs = disentangle.choose_pairs("all", names)
+    assert sorted(pairs.values()) == sorted(itertools.combinations(names, 2))
+    assert disentangle.choose_pairs("glyphs-signs", TASKS) == {"glyphs-signs": ("glyphs", "signs")}
+    assert disentangle.choose_pairs("a-b-c", ["a", "b-c"]) == {"a+b-c": ("a", "b-c")}
+    with pytest.raises(files.Refused, match="in one way only: write A.B"):
+        disentangle.choose_pairs("a-b-c", names)
+    assert disentangle.choose_pairs("a+b-c,a-b+c", names) == {"a+b-c": ("a", "b-c"), "a-b+c": ("a-b", "c")}
+    with pytest.raises(files.Refused, match="is not A-B"):
+        disentangle.choose_pairs("a+a", names)
+
+
+def test_mean_xi_is_an_integral_over_the_box_alike_on_every_grid():
+    def of(function, points, limit):
+        lambdas = np.linspace(-limit, limit, points).round(10)
+        return disentangle.describe(function(lambdas[:, None], lambdas[None]), lambdas)
+
+    grids = [(3, 1.0), (5, 3.0), (7, 3.0), (13, 3.0), (25, 3.0), (15, 2.0), (3, 1.7)]
+    for points, limit in grids:                            # exact for what is linear between the lines
+        row = of(lambda x, y: 0.9 + 0.2 * x - 0.1 * y + 0.05 * x * y, points, limit)
+        assert row["mean_xi_in_box"] == pytest.approx(0.9, abs=1e-12) and row["box"] == 1
+
+    def bowl(x, y):
+        return 2 - np.exp(-x ** 2) - np.exp(-y ** 2)
+
+    means = [of(bowl, points, 3.0)["mean_xi_in_box"] for points in (7, 13, 25, 241)]
+    whole = 2 - 2 * 0.7468241328                           # the integral of exp(-x^2) from 0 to 1
+    assert means[-1] == pytest.approx(whole, abs=1e-3) and means[1] == pytest.approx(whole, abs=0.04)
+    assert all(abs(mean - whole) < 0.13 for mean in means)
+    half = of(lambda x, y: 1 + 0 * x * y, 5, 0.5)
+    assert (half["mean_xi_in_box"], half["box"]) == (1.0, 0.5)
+
+
+def test_the_sampling_error_of_mean_xi_is_not_below_what_drawing_other_images_gives():
+    rng, lambdas, n = np.random.default_rng(0), np.linspace(-3, 3, 7), 60
+    share = np.add.outer(lambdas ** 2, lambdas ** 2) / 30  # of each task's images that flip in each cell
+    means, errors = [], []
+    for _ in range(400):
+        xi = np.zeros((7, 7))
+        for _ in range(2):                                 # tasks; an image that flips early flips in all
+            xi += (rng.uniform(size=(n, 1, 1)) < share).mean(0)
+        means.append(disentangle.describe(xi, lambdas)["mean_xi_in_box"])
+        errors.append(disentangle.sampling_error(xi, lambdas, n))
+    assert 0.8 * np.mean(errors) < np.std(means) < 1.1 * np.mean(errors)
 
 
 # --------------------------------------------------------------------------------------- splits and images
@@ -289,6 +418,58 @@ def test_resizing_on_the_device_matches_pillow_within_two_grey_levels():
     assert ours.shape == (18, 18, 3) and np.abs(ours.astype(int) - theirs).max() <= 2
     pixels = (torch.from_numpy(ours).float() / 255 - 0.5) / 0.5
     torch.testing.assert_close(encoder.prepare(stored)[0], pixels.permute(2, 0, 1))
+
+
+def test_resizing_in_two_passes_matches_pillow_also_where_one_pass_in_float_does_not():
+    """What a GPU does, on a CPU: pictures of two values overshoot between the passes."""
+    from PIL import Image
+    from torchvision.transforms.v2 import InterpolationMode, functional
+    rng, worst = np.random.default_rng(0), {"two passes": 0, "one": 0}
+    for low, high in ((12, 20), (28, 224), (40, 32), (31, 31 * 3)):
+        pictures = 255 * rng.integers(0, 2, (4, low, low, 3), dtype=np.uint8)
+        stored = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+        theirs = [Image.fromarray(picture).resize((high, high), Image.Resampling.BICUBIC)
+                  for picture in pictures]
+        theirs = torch.from_numpy(np.stack(theirs)).permute(0, 3, 1, 2).int()
+        one = functional.resize(stored.float(), [high, high], InterpolationMode.BICUBIC, antialias=True)
+        ours = images.resize_in_two_passes(stored, high)
+        assert ours.dtype == torch.uint8
+        worst["two passes"] = max(worst["two passes"], int((ours.int() - theirs).abs().max()))
+        worst["one"] = max(worst["one"], int((one.clamp(0, 255).round().int() - theirs).abs().max()))
+    assert worst["two passes"] <= 2 and worst["one"] > 20
+
+
+def test_pictures_are_resized_in_two_passes_on_every_device_but_a_cpu(monkeypatch):
+    resized, in_two_passes = [], images.resize_in_two_passes
+    monkeypatch.setattr(images, "resize_in_two_passes",
+                        lambda *given: resized.append(given[0].device.type) or in_two_passes(*given))
+    for device in ("cpu", "meta"):
+        stored = torch.zeros(2, 3, 12, 12, dtype=torch.uint8, device=device)
+        assert images.fit(stored, 18, 20).shape == (2, 3, 18, 18)
+    assert resized == ["meta"]
+
+
+# --------------------------------------------------------------------------------------- devices
+
+
+def test_fp32_is_fp32_in_convolutions_and_products(monkeypatch):
+    for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):
+        backend.allow_tf32 = True
+    devices.pick_device("cpu")
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak starts anew on Linux")
+def test_peak_memory_counts_what_was_allocated_and_no_mapped_files(tmp_path):
+    mib = 2 ** 20
+    np.save(tmp_path / "pixels.npy", np.ones(128 * mib, dtype=np.uint8))
+    devices.reset_peak_memory(CPU)
+    before, pixels = devices.peak_memory(CPU), np.load(tmp_path / "pixels.npy", mmap_mode="r")
+    assert pixels[::4096].sum() == 32 * 1024               # touches every page
+    assert abs(devices.peak_memory(CPU) - before) < 32 * mib
+    allocated = np.ones(128 * mib, dtype=np.uint8)
+    del allocated
+    assert 96 * mib < devices.peak_memory(CPU) - before < 160 * mib
 
 
 # --------------------------------------------------------------------------------------- files

@@ -1,16 +1,18 @@
 """Recipe full, subsets of tasks, geometry of the vectors, and bf16, on a copy of the small study."""
 import itertools
 import json
+import time
 
 import common
 import make_vectors
 import numpy as np
+import probe
 import pytest
 import subsets
 import torch
 from conftest import TASKS, perform, refuse
 
-from lib import files, vectors
+from lib import comparisons, files, vectors
 from lib.study import open_study
 
 
@@ -83,6 +85,34 @@ def test_subset_choice_is_seeded_and_without_repeats():
 def test_subsets_of_one_task_are_refused(both):
     message = refuse("subsets", "tiny", "--runs", both, "--tasks", "glyphs", "--per-size", "3")
     assert "two tasks or more" in message
+
+
+@pytest.mark.parametrize("size", [10, 2 ** 20 + 5, 6_000_000])
+def test_cosines_are_summed_in_double(size):
+    generator = torch.Generator().manual_seed(0)
+    vectors_ = [scale * torch.randn(size, generator=generator) for scale in (1e-4, 1.0, 1e3)]
+    matrix = np.stack([vector.double().numpy() for vector in vectors_])
+    lengths = np.linalg.norm(matrix, axis=1)
+    found = np.array(make_vectors.cosines(vectors_))
+    np.testing.assert_allclose(found, matrix @ matrix.T / np.outer(lengths, lengths), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(np.diag(found), 1, rtol=1e-14)
+
+
+def test_the_seconds_of_probing_include_the_features_of_the_task_that_is_searched(copy, monkeypatch):
+    """Whose features are cached when its head is trained."""
+    cached_features, took = probe.cached_features, []
+
+    def timed(*given):
+        start = time.perf_counter()
+        features = cached_features(*given)
+        took.append(time.perf_counter() - start)
+        return features
+
+    monkeypatch.setattr(probe, "cached_features", timed)
+    (copy / "tiny/features/signs.safetensors").unlink()
+    perform("probe", "tiny", "--runs", copy, "--tasks", "signs", "--probe-steps", "5", "--overwrite")
+    seconds = comparisons.probing_seconds(files.read_json(copy / "tiny/probe.json", ""), ["signs"])
+    assert seconds > sum(took) and took[0] > 10 * took[1]
 
 
 def test_overlap_of_subspaces_is_one_with_itself_and_by_chance_between_random_ones():
