@@ -12,6 +12,7 @@ import types
 import zlib
 
 import common
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,7 @@ from conftest import (RESULT, STAGES, TASKS, TIMM, as_a_process, image_folder, p
 from PIL import Image
 from safetensors.torch import save_file
 
-from lib import encoders, files
+from lib import encoders, files, images, store
 from lib import study as study_module
 
 ALL_TASKS = ["--tasks", ",".join(TASKS)]
@@ -102,6 +103,134 @@ def test_run_all_refuses_flags_it_cannot_pass_on_before_any_stage_starts(tmp_pat
     assert finished.returncode == 2 and finished.stdout == ""
     assert finished.stderr.count("\n") == 1 and said in finished.stderr
     assert not (tmp_path / "runs").exists()
+
+
+# --------------------------------------------------------------------------------------- data sets
+
+
+def tables(folder, **columns):
+    """A folder with SPLIT.parquet for each split: twelve rows of one picture and these columns {name: values}.
+
+    A value may bring its feature: (values, feature). Twelve rows repeat the values.
+    """
+    folder.mkdir()
+    for split, given in columns.items():
+        features, values = {"image": datasets.Image()}, {"image": [{"bytes": png(), "path": None}] * 12}
+        for name, column in given.items():
+            column, features[name] = column if isinstance(column, tuple) else (column, None)
+            values[name] = (column * 12)[:12]
+            features[name] = features[name] or datasets.Dataset.from_dict({"x": column}).features["x"]
+        rows = datasets.Dataset.from_dict(values, features=datasets.Features(features))
+        rows.to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def read(folder, n=3):
+    """(first labels of train, of test, classes) of a folder's data set."""
+    _, labels, classes = store.read_dataset("pets", str(folder), None, images.input_column)
+    return labels["train"][:n].tolist(), labels["test"][:n].tolist(), classes
+
+
+def named(values, *names):
+    return values, datasets.ClassLabel(names=list(names))
+
+
+@pytest.mark.parametrize("train, test, labels", [
+    (named([0, 1, 2], "a", "b", "c"), named([0, 1, 2], "c", "a", "b"), [2, 0, 1]),      # another order
+    (named([0, 1, 2], "a", "b", "c"), named([0, 1, 0], "b", "c"), [1, 2, 1]),           # a subset
+    (named([0, 1, 2], "a", "b", "c"), named([1, 0, 1], "z", "c"), None),                # z is not in train
+    (named([0, 1, 2], "a", "b", "c"), named([1, 1, 1], "z", "c"), [2, 2, 2]),           # named, never used
+    (named([0, 1, 2], "a", "b", "c"), named([0, 1, 2], "A", "b", "c"), None),
+    (named([0, 1, 2], "a", "b", "c"), [0, 1, 2], None),                                 # names and numbers
+    (["a", "b", "c"], named([0, 1, 2], "c", "a", "b"), [2, 0, 1]),
+    (["b", "c", "a"], ["c", "a", "b"], [2, 0, 1]),
+])
+def test_classes_of_the_test_split_are_matched_by_name(tmp_path, train, test, labels):
+    folder = tables(tmp_path / "pets", train={"label": train}, test={"label": test})
+    if labels:
+        assert read(folder)[1:] == (labels, ["a", "b", "c"])
+    else:
+        with pytest.raises(files.Refused, match="task pets: split test has .* that train lacks"):
+            read(folder)
+
+
+def test_parquet_files_of_one_split_that_name_classes_in_another_order_are_refused(tmp_path):
+    folder = tables(tmp_path / "pets", **{"train-0": {"label": named([0, 1], "a", "b")},
+                                          "train-1": {"label": named([0, 1], "b", "a")},
+                                          "test-0": {"label": named([0, 1], "a", "b")}})
+    with pytest.raises(files.Refused, match="train-0.parquet and .*train-1.parquet of split train"):
+        read(folder)
+
+
+@pytest.mark.parametrize("moved, said", [("test/dog test/Dog", "'Dog'; did you mean dog"),
+                                         ("train/dog train/Dog", "'dog'; did you mean Dog"),
+                                         ("test/dog test/emu", "'emu'")])
+def test_an_image_folder_whose_test_has_a_class_that_train_lacks_is_refused(tmp_path, moved, said):
+    folder = image_folder(tmp_path / "pets", n_train=20)
+    before, after = moved.split()
+    (folder / before).rename(folder / after)
+    with pytest.raises(files.Refused, match=f"train lacks: {said}"):
+        read(folder)
+
+
+@pytest.mark.parametrize("inner", ["", "inner/data", "train station", "test"])
+@pytest.mark.parametrize("classes", [("bus", "train_station"), ("test-tube", "training"), ("test", "train"),
+                                     ("a[1]", "b*"), ("eval.x", "Ünïcode")])
+def test_the_split_of_a_picture_is_the_folder_above_its_class(tmp_path, inner, classes):
+    """A file or folder elsewhere that has a split's name in its own changes nothing."""
+    image_folder(tmp_path / "pets" / inner, n_train=60, n_test=20, classes=classes)
+    (tmp_path / "pets/test_notes.txt").write_text("none")
+    if inner == "test":                                     # test/train/CLASS: the outer folder is the split
+        with pytest.raises(files.Refused, match="train and test are needed"):
+            read(tmp_path / "pets")
+    else:
+        assert read(tmp_path / "pets", 60) == ([0] * 30 + [1] * 30, [0] * 10 + [1] * 10, list(classes))
+
+
+def test_splits_that_share_a_file_are_refused(tmp_path):
+    """Folders named like a split only in part: `datasets` decides, and finds test in a class of train's."""
+    folder = image_folder(tmp_path / "pets", classes=("cat", "test_tube"))
+    for split in ("train", "test"):
+        (folder / split).rename(folder / f"{split}_2017")
+    with pytest.raises(files.Refused, match="test_tube/001.png belongs to train and to test"):
+        read(folder)
+
+
+def test_pictures_at_different_depths_are_refused(tmp_path):
+    folder = image_folder(tmp_path / "pets")
+    (folder / "train/cat/000.png").rename(folder / "train/000.png")
+    with pytest.raises(files.Refused, match="different depths"):
+        read(folder)
+
+
+@pytest.mark.parametrize("values, classes", [
+    ([10 ** 12, 7, 1355868], [7, 1355868, 10 ** 12]), ([3, 1, 2], [1, 2, 3]),
+    ([[2], [0], [1]], [0, 1, 2]),
+    (([[2], [0], [1]], datasets.List(datasets.ClassLabel(names=["x", "y", "z"]))), ["x", "y", "z"]),
+])
+def test_labels_that_are_identifiers_or_lists_of_one_class_become_numbers(tmp_path, values, classes):
+    folder = tables(tmp_path / "pets", train={"labels": values}, test={"labels": values})
+    assert read(folder) == ([2, 0, 1], [2, 0, 1], classes)
+
+
+@pytest.mark.parametrize("test, said", [
+    ({"label": [[0], [1], [0, 1]]}, "other than one class in some rows of column `label`"),
+    ({"label": [[0], [1], []]}, "other than one class in some rows of column `label`"),
+    ({"label": [[0], [1], None]}, "other than one class in some rows of column `label`"),
+    ({"label": [0, 1, 5]}, "1 classes that train lacks: 5"),
+    ({"label": [0.0, 1.0]}, "labels in column `label` are not all whole numbers"),
+    ({"label": [0, 1], "labels": [0, 1]}, "found image, label, labels"),
+    ({"class": [0, 1]}, "split test of .* found image, class"),
+])
+def test_labels_that_are_no_classes_are_refused_by_their_column_before_decoding(tmp_path, test, said):
+    folder = tables(tmp_path / "pets", train={"label": [0, 1]}, test=test)
+    with pytest.raises(files.Refused, match=said):
+        read(folder)
+
+
+def test_splits_with_other_columns_beside_image_and_label_are_read(tmp_path):
+    folder = tables(tmp_path / "pets", train={"id": ["a", "b"], "label": [0, 1]}, test={"label": [1, 0]})
+    assert read(folder) == ([0, 1, 0], [1, 0, 1], [0, 1])
 
 
 # --------------------------------------------------------------------------------------- images
