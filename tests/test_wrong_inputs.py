@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import (RESULT, STAGES, TASKS, TIMM, as_a_process, image_folder, perform, refuse, snapshot,
                       stage)
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import save_file
 
 from lib import encoders, files, images, store
@@ -288,6 +288,83 @@ def test_unusual_images_are_read(small_encoder, tmp_path):
     task = common.load_task("pets", str(folder), small_encoder, tmp_path / "runs")
     assert len(task.splits["test"]) == len(task.splits["test"].indices) == 20 + len(odd_images())
     assert task.splits["test"].inputs.shape[1:] == (3, 16, 16)
+
+
+def stored(small_encoder, folder, pictures):
+    """(N, 3, s, s) test pictures as stored, of files {name: bytes} alone in class cat beside one class dog."""
+    image_folder(folder, n_test=20, size=(16, 16))
+    shutil.rmtree(folder / "test/cat")
+    (folder / "test/cat").mkdir()
+    for name, content in pictures.items():
+        (folder / "test/cat" / name).write_bytes(content)
+    task = common.load_task("pets", str(folder), small_encoder, folder.parent / "runs")
+    return task.splits["test"].inputs[:len(pictures)]
+
+
+def encode(image, form="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def test_pictures_are_decoded_to_what_a_viewer_shows(small_encoder, tmp_path):
+    """16 bits a channel, palettes, transparency on white, EXIF orientation; others as they always were."""
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    alpha = np.tile(np.array([0, 128, 255, 255], np.uint8), (16, 4))
+    colours = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    grey, colour = Image.fromarray(ramp), Image.fromarray(colours)
+    deep = Image.fromarray(ramp.astype(np.uint16) * 257)
+    palette = colour.quantize(8)
+    clear = Image.fromarray(np.dstack([colours, alpha]))
+    on_white = np.round(255 + (colours.astype(float) - 255) * alpha[..., None] / 255)
+    index_0 = np.where(np.asarray(palette)[..., None] == 0, 255, np.asarray(palette.convert("RGB")))
+    expected = {
+        "16 bit.png": (encode(deep), ramp), "16 bit.tif": (encode(deep, "TIFF"), ramp),
+        "16 bit big.tif": (encode(Image.fromarray(ramp.astype(">u2") * np.array(257, ">u2")), "TIFF"), ramp),
+        "16 bit.pgm": (encode(deep, "PPM"), ramp), "8 bit.png": (encode(grey), ramp),
+        "rgb.png": (encode(colour), colours), "palette.png": (encode(palette), palette.convert("RGB")),
+        "palette clear.png": (encode(palette, transparency=0), index_0),
+        "rgba.png": (encode(clear), on_white), "rgba.webp": (encode(clear, "WEBP", lossless=True, exact=True),
+                                                              on_white),
+        "la.png": (encode(Image.merge("LA", [grey, Image.fromarray(alpha)])),
+                   np.round(255 + (ramp.astype(float) - 255) * alpha / 255)),
+        "key.png": (encode(grey, transparency=7), np.where(ramp == 7, 255, ramp)),
+        "opaque.png": (encode(colour.convert("RGBA")), colours),
+        "cmyk.tif": (encode(colour.convert("CMYK"), "TIFF"), colour.convert("CMYK").convert("RGB")),
+        "1 bit.png": (encode(grey.convert("1")), grey.convert("1").convert("RGB")),
+    }
+    for orientation in range(10):                           # 0 and 9 mean nothing
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        content = encode(colour, exif=exif)
+        expected[f"exif {orientation}.png"] = content, ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    pictures = {name: content for name, (content, _) in expected.items()}
+    found = dict(zip(sorted(pictures), stored(small_encoder, tmp_path / "pets", pictures), strict=True))
+    for name, (_, right) in expected.items():
+        right = np.asarray(right)
+        right = right if right.ndim == 3 else np.repeat(right[..., None], 3, 2)
+        off = np.abs(found[name].transpose(1, 2, 0).astype(float) - right).max()
+        assert off <= (1 if name.startswith(("rgba", "la")) else 0), name
+
+
+def test_a_jpeg_stored_on_its_side_is_the_upright_picture(small_encoder, tmp_path):
+    upright = Image.fromarray(np.kron(np.random.default_rng(0).integers(0, 256, (5, 4, 3)), np.ones((8, 8, 1)))
+                              .astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6                                        # turn it clockwise to look at it
+    turned = encode(upright.transpose(Image.Transpose.ROTATE_90), "JPEG", exif=exif, quality=100, subsampling=0)
+    broken = turned.replace(b"MM\0*", b"MM\0\0", 1)
+    assert broken != turned
+    pictures = {"a.png": encode(upright), "b.jpg": turned, "c.jpg": broken}
+    a, b, c = stored(small_encoder, tmp_path / "pets", pictures).astype(int)
+    assert np.abs(a - b).max() < 12 < np.abs(a - c).max()   # without a readable orientation it is as stored
+
+
+@pytest.mark.parametrize("kind", ["float32", "int32"])
+def test_pictures_without_a_known_white_are_refused(small_encoder, tmp_path, kind):
+    image = Image.fromarray(np.ones((16, 16), kind))
+    with pytest.raises(files.Refused, match="image 0 of split test cannot be decoded .*8 or 16 bits"):
+        stored(small_encoder, tmp_path / "pets", {"a.tif": encode(image, "TIFF")})
 
 
 # --------------------------------------------------------------------------------------- files under runs/
