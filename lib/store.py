@@ -13,6 +13,7 @@ from lib import generated, hub, ranks
 from lib.encoders import near
 from lib.files import Refused, block_checksums, checksum, replacing
 
+READING = 2        # raise it where the same files would be read as other inputs or labels than before
 LABEL_COLUMNS = "label", "labels"
 SPLIT_FOLDERS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test",
                  "evaluation": "test"}
@@ -33,16 +34,16 @@ def stored_folder(name, source, registered, encoder, runs, seed):
 
 
 def identify_source(source, seed):
-    """What names a cache: the generator's code and seed, the local files' sizes and times, or a hub id."""
+    """What names a cache: the generator's code and seed; else READING and the files' sizes and times or the id."""
     if source == "generated":
         return ["generated", generated.code_fingerprint(), seed]
     if not Path(source).is_absolute():
-        return source
+        return [source, READING]
     files = []
     for path in sorted(Path(source).rglob("*")):
         if path.is_file():
             files.append([str(path.relative_to(source)), path.stat().st_size, path.stat().st_mtime_ns])
-    return [source, files]
+    return [source, READING, files]
 
 
 def build_cache(folder, name, source, registered, encoder, seed):
@@ -172,10 +173,14 @@ def class_numbers(name, split, named, classes):
 
 def fetch(name, source, config):
     """{split: Dataset} of a folder (an absolute path) or a hub id; Refused where they cannot be had."""
+    import datasets
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as loaders
     local = Path(source).is_absolute()
+    if source in loaders:
+        raise Refused(f"task {name}: {source} is no folder here, and no data set of the hub but a loader of "
+                      f"`datasets`: give the folder's path, {name}=FOLDER")
     if not local:
         hub.go_offline_if_unreachable()
-    import datasets
     datasets.disable_progress_bars()
     print(f"task {name}: reading {source}", flush=True)
     try:
