@@ -1,6 +1,7 @@
 """
 A data set read once: its inputs and labels as memory-mapped arrays in runs/inputs/, with checksums.
 """
+import errno
 import glob
 import hashlib
 import json
@@ -191,6 +192,7 @@ def fetch(name, source, config):
     except Refused as refusal:
         raise Refused(f"task {name}: {refusal}" if local else str(refusal)) from refusal
     except Exception as error:  # datasets and its backends raise a dozen types for a bad folder or no hub
+        refuse_cache(f"task {name}: {source}", error)
         reason = f"{type(error).__name__}: {error}"[:300]
         remedy = (f"put its parquet files or an image folder in DIR/{name} and give --data DIR, "
                   f"or {name}=FOLDER in --tasks")
@@ -199,6 +201,22 @@ def fetch(name, source, config):
             if local else
             f"task {name} wants data set {source} from the hub and could not get it ({reason}): {remedy}"
         ) from error
+
+
+def refuse_cache(which, error):
+    """Refused, naming the caches that data sets are copied to, where one of them is why reading failed."""
+    import datasets
+    import huggingface_hub
+    caches = str(datasets.config.HF_DATASETS_CACHE), str(huggingface_hub.constants.HF_HUB_CACHE)
+    cause = error
+    while cause:
+        full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        there = str(getattr(cause, "filename", None)).startswith(caches)
+        if full or there and not isinstance(cause, FileNotFoundError) or "disk space" in str(cause):
+            reason = " ".join(str(cause).split())[:200]
+            raise Refused(f"{which} cannot be copied to the caches {' and '.join(caches)} ({reason}): free space "
+                          f"there, or let HF_HOME name a folder that can be written") from error
+        cause = cause.__cause__ or cause.__context__
 
 
 def image_folder(source):

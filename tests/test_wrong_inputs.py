@@ -233,6 +233,25 @@ def test_splits_with_other_columns_beside_image_and_label_are_read(tmp_path):
     assert read(folder) == ([0, 1, 0], [1, 0, 1], [0, 1])
 
 
+@pytest.mark.parametrize("trouble", ["unwritable", "full", "file too large", "not enough"])
+def test_a_full_or_unwritable_cache_of_datasets_is_named_and_not_the_data(tmp_path, monkeypatch, trouble):
+    folder, cache = tables(tmp_path / "pets", train={"label": [0, 1]}, test={"label": [0, 1]}), tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    if trouble == "unwritable":
+        cache.write_text("a file where a folder should be")
+    elif trouble == "not enough":
+        monkeypatch.setattr("datasets.builder.has_sufficient_disk_space", lambda *_, **__: False)
+    else:
+        code = errno.ENOSPC if trouble == "full" else errno.EFBIG
+
+        def fail(*_):
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(datasets.arrow_writer.ArrowWriter, "write_table", fail)
+    with pytest.raises(files.Refused, match=f"task pets: .*cannot be copied to the caches {cache} and "):
+        read(folder)
+
+
 # --------------------------------------------------------------------------------------- images
 
 
