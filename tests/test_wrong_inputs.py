@@ -233,6 +233,28 @@ def test_splits_with_other_columns_beside_image_and_label_are_read(tmp_path):
     assert read(folder) == ([0, 1, 0], [1, 0, 1], [0, 1])
 
 
+LIST_CLASSES = """
+import sys
+from pathlib import Path
+from lib import flags
+
+flags.speak_utf8()
+classes = " ".join(sorted(path.name for path in Path(sys.argv[1], "test").iterdir()))
+print(classes)
+Path(sys.argv[1], "classes").write_text(classes)
+"""
+
+
+def test_an_ascii_locale_reads_paths_and_classes_in_any_alphabet(tmp_path):
+    folder = image_folder(tmp_path / "Tïere-犬", classes=("Kätzchen", "犬"))
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0",
+                                "PYTHONIOENCODING": "ascii"}
+    finished = stage(sys.executable, "-c", LIST_CLASSES, folder, env=environment)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout == "K\\xe4tzchen \\u72ac\n"
+    assert (folder / "classes").read_text(encoding="utf-8") == "Kätzchen 犬"
+
+
 @pytest.mark.parametrize("trouble", ["unwritable", "full", "file too large", "not enough"])
 def test_a_full_or_unwritable_cache_of_datasets_is_named_and_not_the_data(tmp_path, monkeypatch, trouble):
     folder, cache = tables(tmp_path / "pets", train={"label": [0, 1]}, test={"label": [0, 1]}), tmp_path / "cache"
