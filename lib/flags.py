@@ -62,7 +62,7 @@ def complain(stage, message):
 
 
 def speak_utf8():
-    """Start again in Python's UTF-8 mode where the locale is another: names of files and classes are UTF-8."""
+    """Start again in UTF-8 mode where the locale is another: names of files and classes are UTF-8."""
     if sys.getfilesystemencoding() != "utf-8":
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     for stream in (sys.stdout, sys.stderr):                # PYTHONIOENCODING may still lack a name's letters

@@ -5,6 +5,7 @@ import errno
 import glob
 import hashlib
 import json
+import unicodedata
 import warnings
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def stored_folder(name, source, registered, encoder, runs, seed):
 
 
 def identify_source(source, seed):
-    """What names a cache: the generator's code and seed; else READING and the files' sizes and times or the id."""
+    """What names a cache: the generator's code and seed, else READING with local files' times or a hub id."""
     if source == "generated":
         return ["generated", generated.code_fingerprint(), seed]
     if not Path(source).is_absolute():
@@ -154,7 +155,7 @@ def read_labels(which, rows, column):
         raise Refused(f"{which}: the labels in column `{column}` are not all whole numbers, nor all names")
     names = getattr(feature, "names", None)
     if isinstance(values[0], str):
-        return values, names
+        return values, None
     if min(values) < 0 or names and max(values) >= len(names):
         there = f"there are {len(names)} classes (0 to {len(names) - 1})" if names else "no class is below 0"
         raise Refused(f"{which} has labels {min(values)} to {max(values)} in column `{column}`, but {there}")
@@ -214,15 +215,15 @@ def refuse_cache(which, error):
         there = str(getattr(cause, "filename", None)).startswith(caches)
         if full or there and not isinstance(cause, FileNotFoundError) or "disk space" in str(cause):
             reason = " ".join(str(cause).split())[:200]
-            raise Refused(f"{which} cannot be copied to the caches {' and '.join(caches)} ({reason}): free space "
-                          f"there, or let HF_HOME name a folder that can be written") from error
+            raise Refused(f"{which} cannot be copied to the caches {' and '.join(caches)} ({reason}): free "
+                          f"space there, or let HF_HOME name a folder that can be written") from error
         cause = cause.__cause__ or cause.__context__
 
 
 def image_folder(source):
     """{split: Dataset} of the pictures SPLIT/CLASS/*.jpg below a folder; {} where it holds no such pictures.
 
-    The first folder on the way down that is named like a split is the split, a picture's own folder its class.
+    The first folder on the way down that is named like a split is the split, a picture's own its class.
     `datasets` itself would find the split in names of classes (train_station) and of files.
     """
     import datasets
@@ -245,7 +246,8 @@ def image_folder(source):
         return {}
     found = {}
     for split, paths in pictures.items():
-        classes = [path.parent.name for path in paths]
+        # one class whether its letters carry their accents (NFC) or are followed by them (NFD, of macOS)
+        classes = [unicodedata.normalize("NFC", path.parent.name) for path in paths]
         features = datasets.Features(image=datasets.Image(),
                                      label=datasets.ClassLabel(names=sorted(set(classes))))
         columns = {"image": [str(path) for path in paths], "label": classes}
@@ -254,7 +256,7 @@ def image_folder(source):
 
 
 def data_files(source):
-    """{split: Dataset} of parquet files and what else `datasets` finds in a folder, each split read by itself.
+    """{split: Dataset} of parquet files and what else `datasets` finds in a folder, each read by itself.
 
     Together, all splits would be read as train's files describe their columns.
     """

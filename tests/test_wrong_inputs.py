@@ -9,6 +9,7 @@ import shutil
 import struct
 import sys
 import types
+import unicodedata
 import zlib
 
 import common
@@ -109,9 +110,9 @@ def test_run_all_refuses_flags_it_cannot_pass_on_before_any_stage_starts(tmp_pat
 
 
 def tables(folder, **columns):
-    """A folder with SPLIT.parquet for each split: twelve rows of one picture and these columns {name: values}.
+    """A folder with SPLIT.parquet for each split {SPLIT: {column: values}}: one picture in twelve rows.
 
-    A value may bring its feature: (values, feature). Twelve rows repeat the values.
+    Values are repeated; they may bring their feature, (values, feature).
     """
     folder.mkdir()
     for split, given in columns.items():
@@ -160,6 +161,12 @@ def test_parquet_files_of_one_split_that_name_classes_in_another_order_are_refus
                                           "test-0": {"label": named([0, 1], "a", "b")}})
     with pytest.raises(files.Refused, match="train-0.parquet and .*train-1.parquet of split train"):
         read(folder)
+
+
+def test_classes_whose_accents_are_encoded_otherwise_are_the_same(tmp_path):
+    folder = image_folder(tmp_path / "pets", classes=("bus", "é"))
+    (folder / "test/é").rename(folder / "test" / unicodedata.normalize("NFD", "é"))
+    assert read(folder) == ([0] * 3, [0] * 3, ["bus", "é"])
 
 
 @pytest.mark.parametrize("moved, said", [("test/dog test/Dog", "'Dog'; did you mean dog"),
@@ -257,7 +264,8 @@ def test_an_ascii_locale_reads_paths_and_classes_in_any_alphabet(tmp_path):
 
 @pytest.mark.parametrize("trouble", ["unwritable", "full", "file too large", "not enough"])
 def test_a_full_or_unwritable_cache_of_datasets_is_named_and_not_the_data(tmp_path, monkeypatch, trouble):
-    folder, cache = tables(tmp_path / "pets", train={"label": [0, 1]}, test={"label": [0, 1]}), tmp_path / "cache"
+    folder = tables(tmp_path / "pets", train={"label": [0, 1]}, test={"label": [0, 1]})
+    cache = tmp_path / "cache"
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
     if trouble == "unwritable":
         cache.write_text("a file where a folder should be")
@@ -332,7 +340,7 @@ def test_unusual_images_are_read(small_encoder, tmp_path):
 
 
 def stored(small_encoder, folder, pictures):
-    """(N, 3, s, s) test pictures as stored, of files {name: bytes} alone in class cat beside one class dog."""
+    """(N, 3, s, s) pictures as stored, of test files {name: bytes}; ten others follow them."""
     image_folder(folder, n_test=20, size=(16, 16))
     shutil.rmtree(folder / "test/cat")
     (folder / "test/cat").mkdir()
@@ -378,7 +386,8 @@ def test_pictures_are_decoded_to_what_a_viewer_shows(small_encoder, tmp_path):
         exif = Image.Exif()
         exif[0x0112] = orientation
         content = encode(colour, exif=exif)
-        expected[f"exif {orientation}.png"] = content, ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+        expected[f"exif {orientation}.png"] = content, upright
     pictures = {name: content for name, (content, _) in expected.items()}
     found = dict(zip(sorted(pictures), stored(small_encoder, tmp_path / "pets", pictures), strict=True))
     for name, (_, right) in expected.items():
@@ -389,11 +398,12 @@ def test_pictures_are_decoded_to_what_a_viewer_shows(small_encoder, tmp_path):
 
 
 def test_a_jpeg_stored_on_its_side_is_the_upright_picture(small_encoder, tmp_path):
-    upright = Image.fromarray(np.kron(np.random.default_rng(0).integers(0, 256, (5, 4, 3)), np.ones((8, 8, 1)))
-                              .astype(np.uint8))
+    blocks = np.random.default_rng(0).integers(0, 256, (5, 4, 3), np.uint8)
+    upright = Image.fromarray(blocks.repeat(8, 0).repeat(8, 1))
     exif = Image.Exif()
     exif[0x0112] = 6                                        # turn it clockwise to look at it
-    turned = encode(upright.transpose(Image.Transpose.ROTATE_90), "JPEG", exif=exif, quality=100, subsampling=0)
+    on_its_side = upright.transpose(Image.Transpose.ROTATE_90)
+    turned = encode(on_its_side, "JPEG", exif=exif, quality=100, subsampling=0)
     broken = turned.replace(b"MM\0*", b"MM\0\0", 1)
     assert broken != turned
     pictures = {"a.png": encode(upright), "b.jpg": turned, "c.jpg": broken}
