@@ -262,7 +262,7 @@ def data_files(source):
     """
     import datasets
     builder, found = datasets.load_dataset_builder(source), {}
-    files = builder.config.data_files
+    files = {str(split): paths for split, paths in builder.config.data_files.items()}
     twice = set(files.get("train", ())) & set(files.get("test", ()))
     if twice:
         raise Refused(f"{source}: by its name {min(twice)} belongs to train and to test: "
