@@ -115,8 +115,8 @@ def load_task(name, source, encoder, runs, seed=0):
     encoder        decides how an input is stored (Encoder.store)
     Returns        Task; validation is the pinned min(10 %, 5000) of train, whatever the seed
     Errors         Refused: unreachable hub, no data set in the folder, other row or class counts than
-                   registered, an image that cannot be decoded (named with its index), labels that are not
-                   0..C-1, a full disk, a cut cache
+                   registered, an image that cannot be decoded (named with its index), labels that are no
+                   classes or not among train's, a full disk, a cut cache
     """
     folder = store.stored_folder(name, source, TASKS.get(name), encoder, runs, seed)
     arrays, about = store.read_arrays(folder)

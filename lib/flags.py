@@ -2,6 +2,7 @@
 The flags that stages share, spelt alike, and argparse types that say what is wrong in one line.
 """
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -58,6 +59,14 @@ def complain(stage, message):
     """One line on stderr; returns exit code 2."""
     print(f"{stage}: {' '.join(str(message).split())}", file=sys.stderr)
     return 2
+
+
+def speak_utf8():
+    """Start again in UTF-8 mode where the locale is another: names of files and classes are UTF-8."""
+    if sys.getfilesystemencoding() != "utf-8":
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):                # PYTHONIOENCODING may still lack a name's letters
+        stream.reconfigure(errors="backslashreplace")
 
 
 # --------------------------------------------------------------------------------------- argparse types

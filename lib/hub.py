@@ -53,7 +53,8 @@ def load_dataset(path, config):
     found = {}
     try:
         with checked_download(path, "dataset"):
-            found = datasets.load_dataset(path, config)
+            # without the prefix a folder of that name in the working directory comes first
+            found = datasets.load_dataset(f"hf://datasets/{path}", config)
     except Refused:
         for split in found.values():
             for file in split.cache_files:

@@ -10,12 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from lib.devices import make_room
 from lib.files import Refused
 from lib.progress import progress
 
 # --------------------------------------------------------------------------------------- decoding, once
+
+ORIENTATION = 0x0112                                        # the EXIF tag, and what undoes its values
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+           4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
+           7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
 
 def input_column(features):
@@ -40,8 +46,26 @@ def store(name, encoded, side, folder):
 
 def open_image(cell):
     """PIL image of an undecoded cell {"bytes", "path"}."""
-    from PIL import Image
     return Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
+
+
+def as_seen(image):
+    """The RGB image that a viewer shows of a PIL image: upright as its EXIF says, on white where transparent.
+
+    Of 16 bits a channel the upper 8 count, as Pillow itself has it for colours.
+    Errors  ValueError: a grey whose white is not known
+    """
+    image.load()
+    turn = UPRIGHT.get(image.getexif().get(ORIENTATION))
+    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError("32 bits a pixel do not say what is white: store it with 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    return image if turn is None else image.transpose(turn)
 
 
 def one_small_square_size(encoded, side):
@@ -61,12 +85,11 @@ def one_small_square_size(encoded, side):
 
 def decode_split(name, split, cells, native, side, path):
     """Decode `cells` in threads into .npy, (N, 3, s, s) uint8: the centre square, bicubic unless native."""
-    from PIL import Image
     target = native or side
 
     def decode(index, cell):
         try:
-            image = open_image(cell).convert("RGB")
+            image = as_seen(open_image(cell))
         except Exception as error:  # pillow and its codecs raise many types on a broken file
             reason = f"{type(error).__name__}: {error}"
             message = f"task {name}: image {index} of split {split} cannot be decoded ({reason})"

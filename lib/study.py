@@ -26,7 +26,7 @@ import common
 from lib import encoders, ranks
 from lib.devices import compile_pays, pick_device, pick_dtype
 from lib.files import Refused, file_metadata, read_json
-from lib.flags import complain
+from lib.flags import complain, speak_utf8
 from lib.linearized import LinearizedEvaluator
 from lib.results import Result
 from lib.vectors import head_file, probe_file, vector_metadata
@@ -34,6 +34,7 @@ from lib.vectors import head_file, probe_file, vector_metadata
 
 def run(main, parse_args):
     """Run a stage from the command line: a refusal is one line and exit code 2, a bug keeps its traceback."""
+    speak_utf8()
     stage = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))    # so that temporary files are removed
     if ranks.rank() > 0:

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import TIMM, image_folder, refuse, stage
+from conftest import ROOT, TIMM, image_folder, refuse, stage
 from PIL import Image
 from safetensors.torch import save_file
 from stand_in_hub import client_environment, serve, write_data_set, write_timm_model
 
-from lib import encoders, linearized
+from lib import encoders, linearized, store
 from lib.devices import forward_flops
 from lib.encoders import load_encoder
 from lib.files import Refused
@@ -275,15 +275,16 @@ study.run(main, dict)
 def test_a_damaged_download_of_a_data_set_is_refused_then_fetched_again(tmp_path):
     write_data_set(tmp_path / "hub", {"default": generated_dtd()})
     parquet = next((tmp_path / "hub/data").glob("test-*"))
+    here = image_folder(tmp_path / "here/tanganke/dtd").parent.parent      # is not what the hub's name means
     whole, words = parquet.read_bytes(), [sys.executable, "-c", READ_DTD]
     with serve({"datasets/tanganke/dtd": tmp_path / "hub"}) as (url, _):
-        environment = client_environment(url, tmp_path / "home")
+        environment = client_environment(url, tmp_path / "home") | {"PYTHONPATH": str(ROOT)}
         parquet.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
-        first = stage(*words, env=environment)
+        first = stage(*words, env=environment, cwd=here)
         said = "a download from tanganke/dtd is damaged"
         assert first.returncode == 2 and said in first.stderr, first.stderr
         parquet.write_bytes(whole)
-        second = stage(*words, env=environment)
+        second = stage(*words, env=environment, cwd=here)
     assert second.returncode == 0 and "1880 images" in second.stdout, second.stderr
 
 
@@ -341,6 +342,18 @@ def test_without_a_network_tiny_works_and_a_hub_task_says_what_it_wanted(copy, t
 
 
 # --------------------------------------------------------------------------------------- local folders
+
+
+@pytest.mark.parametrize("name", ["json", "csv", "text", "imagefolder", "parquet"])
+def test_a_folder_named_like_a_loader_of_datasets_is_that_folder(tmp_path, monkeypatch, name):
+    image_folder(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    [source] = common.task_sources(f"pets={name}").values()
+    assert store.fetch("pets", source, None)["test"].num_rows == 10
+    (tmp_path / name).rename(tmp_path / "other")            # the loader would now read what is in this folder
+    [source] = common.task_sources(f"pets={name}").values()
+    with pytest.raises(Refused, match=f"{name} is no folder here"):
+        store.fetch("pets", source, None)
 
 
 def test_an_image_folder_and_a_parquet_folder_of_the_same_pictures_are_the_same_task(study, tmp_path):

@@ -9,18 +9,20 @@ import shutil
 import struct
 import sys
 import types
+import unicodedata
 import zlib
 
 import common
+import datasets
 import numpy as np
 import pytest
 import torch
 from conftest import (RESULT, STAGES, TASKS, TIMM, as_a_process, image_folder, perform, refuse, snapshot,
                       stage)
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import save_file
 
-from lib import encoders, files
+from lib import encoders, files, images, store
 from lib import study as study_module
 
 ALL_TASKS = ["--tasks", ",".join(TASKS)]
@@ -104,6 +106,182 @@ def test_run_all_refuses_flags_it_cannot_pass_on_before_any_stage_starts(tmp_pat
     assert not (tmp_path / "runs").exists()
 
 
+# --------------------------------------------------------------------------------------- data sets
+
+
+def tables(folder, **columns):
+    """A folder with SPLIT.parquet for each split {SPLIT: {column: values}}: one picture in twelve rows.
+
+    Values are repeated; they may bring their feature, (values, feature).
+    """
+    folder.mkdir()
+    for split, given in columns.items():
+        features, values = {"image": datasets.Image()}, {"image": [{"bytes": png(), "path": None}] * 12}
+        for name, column in given.items():
+            column, features[name] = column if isinstance(column, tuple) else (column, None)
+            values[name] = (column * 12)[:12]
+            features[name] = features[name] or datasets.Dataset.from_dict({"x": column}).features["x"]
+        rows = datasets.Dataset.from_dict(values, features=datasets.Features(features))
+        rows.to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def read(folder, n=3):
+    """(first labels of train, of test, classes) of a folder's data set."""
+    _, labels, classes = store.read_dataset("pets", str(folder), None, images.input_column)
+    return labels["train"][:n].tolist(), labels["test"][:n].tolist(), classes
+
+
+def named(values, *names):
+    return values, datasets.ClassLabel(names=list(names))
+
+
+@pytest.mark.parametrize("train, test, labels", [
+    (named([0, 1, 2], "a", "b", "c"), named([0, 1, 2], "c", "a", "b"), [2, 0, 1]),      # another order
+    (named([0, 1, 2], "a", "b", "c"), named([0, 1, 0], "b", "c"), [1, 2, 1]),           # a subset
+    (named([0, 1, 2], "a", "b", "c"), named([1, 0, 1], "z", "c"), None),                # z is not in train
+    (named([0, 1, 2], "a", "b", "c"), named([1, 1, 1], "z", "c"), [2, 2, 2]),           # named, never used
+    (named([0, 1, 2], "a", "b", "c"), named([0, 1, 2], "A", "b", "c"), None),
+    (named([0, 1, 2], "a", "b", "c"), [0, 1, 2], None),                                 # names and numbers
+    (["a", "b", "c"], named([0, 1, 2], "c", "a", "b"), [2, 0, 1]),
+    (["b", "c", "a"], ["c", "a", "b"], [2, 0, 1]),
+])
+def test_classes_of_the_test_split_are_matched_by_name(tmp_path, train, test, labels):
+    folder = tables(tmp_path / "pets", train={"label": train}, test={"label": test})
+    if labels:
+        assert read(folder)[1:] == (labels, ["a", "b", "c"])
+    else:
+        with pytest.raises(files.Refused, match="task pets: split test has .* that train lacks"):
+            read(folder)
+
+
+def test_parquet_files_of_one_split_that_name_classes_in_another_order_are_refused(tmp_path):
+    folder = tables(tmp_path / "pets", **{"train-0": {"label": named([0, 1], "a", "b")},
+                                          "train-1": {"label": named([0, 1], "b", "a")},
+                                          "test-0": {"label": named([0, 1], "a", "b")}})
+    with pytest.raises(files.Refused, match="train-0.parquet and .*train-1.parquet of split train"):
+        read(folder)
+
+
+def test_classes_whose_accents_are_encoded_otherwise_are_the_same(tmp_path):
+    folder = image_folder(tmp_path / "pets", classes=("bus", "é"))
+    (folder / "test/é").rename(folder / "test" / unicodedata.normalize("NFD", "é"))
+    assert read(folder) == ([0] * 3, [0] * 3, ["bus", "é"])
+
+
+@pytest.mark.parametrize("moved, said", [("test/dog test/Dog", "'Dog'; did you mean dog"),
+                                         ("train/dog train/Dog", "'dog'; did you mean Dog"),
+                                         ("test/dog test/emu", "'emu'")])
+def test_an_image_folder_whose_test_has_a_class_that_train_lacks_is_refused(tmp_path, moved, said):
+    folder = image_folder(tmp_path / "pets", n_train=20)
+    before, after = moved.split()
+    (folder / before).rename(folder / after)
+    with pytest.raises(files.Refused, match=f"train lacks: {said}"):
+        read(folder)
+
+
+@pytest.mark.parametrize("inner", ["", "inner/data", "train station", "test"])
+@pytest.mark.parametrize("classes", [("bus", "train_station"), ("test-tube", "training"), ("test", "train"),
+                                     ("a[1]", "b*"), ("eval.x", "Ünïcode")])
+def test_the_split_of_a_picture_is_the_folder_above_its_class(tmp_path, inner, classes):
+    """A file or folder elsewhere that has a split's name in its own changes nothing."""
+    image_folder(tmp_path / "pets" / inner, n_train=60, n_test=20, classes=classes)
+    (tmp_path / "pets/test_notes.txt").write_text("none")
+    if inner == "test":                                     # test/train/CLASS: the outer folder is the split
+        with pytest.raises(files.Refused, match="train and test are needed"):
+            read(tmp_path / "pets")
+    else:
+        assert read(tmp_path / "pets", 60) == ([0] * 30 + [1] * 30, [0] * 10 + [1] * 10, list(classes))
+
+
+def test_splits_that_share_a_file_are_refused(tmp_path):
+    """Folders named like a split only in part: `datasets` decides, and finds test in a class of train's."""
+    folder = image_folder(tmp_path / "pets", classes=("cat", "test_tube"))
+    for split in ("train", "test"):
+        (folder / split).rename(folder / f"{split}_2017")
+    with pytest.raises(files.Refused, match="test_tube/001.png belongs to train and to test"):
+        read(folder)
+
+
+def test_pictures_at_different_depths_are_refused(tmp_path):
+    folder = image_folder(tmp_path / "pets")
+    (folder / "train/cat/000.png").rename(folder / "train/000.png")
+    with pytest.raises(files.Refused, match="different depths"):
+        read(folder)
+
+
+@pytest.mark.parametrize("values, classes", [
+    ([10 ** 12, 7, 1355868], [7, 1355868, 10 ** 12]), ([3, 1, 2], [1, 2, 3]),
+    ([[2], [0], [1]], [0, 1, 2]),
+    (([[2], [0], [1]], datasets.List(datasets.ClassLabel(names=["x", "y", "z"]))), ["x", "y", "z"]),
+])
+def test_labels_that_are_identifiers_or_lists_of_one_class_become_numbers(tmp_path, values, classes):
+    folder = tables(tmp_path / "pets", train={"labels": values}, test={"labels": values})
+    assert read(folder) == ([2, 0, 1], [2, 0, 1], classes)
+
+
+@pytest.mark.parametrize("test, said", [
+    ({"label": [[0], [1], [0, 1]]}, "other than one class in some rows of column `label`"),
+    ({"label": [[0], [1], []]}, "other than one class in some rows of column `label`"),
+    ({"label": [[0], [1], None]}, "other than one class in some rows of column `label`"),
+    ({"label": [0, 1, 5]}, "1 classes that train lacks: 5"),
+    ({"label": [0.0, 1.0]}, "labels in column `label` are not all whole numbers"),
+    ({"label": [0, 1], "labels": [0, 1]}, "found image, label, labels"),
+    ({"class": [0, 1]}, "split test of .* found image, class"),
+])
+def test_labels_that_are_no_classes_are_refused_by_their_column_before_decoding(tmp_path, test, said):
+    folder = tables(tmp_path / "pets", train={"label": [0, 1]}, test=test)
+    with pytest.raises(files.Refused, match=said):
+        read(folder)
+
+
+def test_splits_with_other_columns_beside_image_and_label_are_read(tmp_path):
+    folder = tables(tmp_path / "pets", train={"id": ["a", "b"], "label": [0, 1]}, test={"label": [1, 0]})
+    assert read(folder) == ([0, 1, 0], [1, 0, 1], [0, 1])
+
+
+LIST_CLASSES = """
+import sys
+from pathlib import Path
+from lib import flags
+
+flags.speak_utf8()
+classes = " ".join(sorted(path.name for path in Path(sys.argv[1], "test").iterdir()))
+print(classes)
+Path(sys.argv[1], "classes").write_text(classes)
+"""
+
+
+def test_an_ascii_locale_reads_paths_and_classes_in_any_alphabet(tmp_path):
+    folder = image_folder(tmp_path / "Tïere-犬", classes=("Kätzchen", "犬"))
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0",
+                                "PYTHONIOENCODING": "ascii"}
+    finished = stage(sys.executable, "-c", LIST_CLASSES, folder, env=environment)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout == "K\\xe4tzchen \\u72ac\n"
+    assert (folder / "classes").read_text(encoding="utf-8") == "Kätzchen 犬"
+
+
+@pytest.mark.parametrize("trouble", ["unwritable", "full", "file too large", "not enough"])
+def test_a_full_or_unwritable_cache_of_datasets_is_named_and_not_the_data(tmp_path, monkeypatch, trouble):
+    folder = tables(tmp_path / "pets", train={"label": [0, 1]}, test={"label": [0, 1]})
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    if trouble == "unwritable":
+        cache.write_text("a file where a folder should be")
+    elif trouble == "not enough":
+        monkeypatch.setattr("datasets.builder.has_sufficient_disk_space", lambda *_, **__: False)
+    else:
+        code = errno.ENOSPC if trouble == "full" else errno.EFBIG
+
+        def fail(*_):
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(datasets.arrow_writer.ArrowWriter, "write_table", fail)
+    with pytest.raises(files.Refused, match=f"task pets: .*cannot be copied to the caches {cache} and "):
+        read(folder)
+
+
 # --------------------------------------------------------------------------------------- images
 
 
@@ -159,6 +337,85 @@ def test_unusual_images_are_read(small_encoder, tmp_path):
     task = common.load_task("pets", str(folder), small_encoder, tmp_path / "runs")
     assert len(task.splits["test"]) == len(task.splits["test"].indices) == 20 + len(odd_images())
     assert task.splits["test"].inputs.shape[1:] == (3, 16, 16)
+
+
+def stored(small_encoder, folder, pictures):
+    """(N, 3, s, s) pictures as stored, of test files {name: bytes}; ten others follow them."""
+    image_folder(folder, n_test=20, size=(16, 16))
+    shutil.rmtree(folder / "test/cat")
+    (folder / "test/cat").mkdir()
+    for name, content in pictures.items():
+        (folder / "test/cat" / name).write_bytes(content)
+    task = common.load_task("pets", str(folder), small_encoder, folder.parent / "runs")
+    return task.splits["test"].inputs[:len(pictures)]
+
+
+def encode(image, form="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def test_pictures_are_decoded_to_what_a_viewer_shows(small_encoder, tmp_path):
+    """16 bits a channel, palettes, transparency on white, EXIF orientation; others as they always were."""
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    alpha = np.tile(np.array([0, 128, 255, 255], np.uint8), (16, 4))
+    colours = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    grey, colour = Image.fromarray(ramp), Image.fromarray(colours)
+    deep = Image.fromarray(ramp.astype(np.uint16) * 257)
+    palette = colour.quantize(8)
+    clear = Image.fromarray(np.dstack([colours, alpha]))
+    on_white = np.round(255 + (colours.astype(float) - 255) * alpha[..., None] / 255)
+    index_0 = np.where(np.asarray(palette)[..., None] == 0, 255, np.asarray(palette.convert("RGB")))
+    expected = {
+        "16 bit.png": (encode(deep), ramp), "16 bit.tif": (encode(deep, "TIFF"), ramp),
+        "16 bit big.tif": (encode(Image.fromarray(ramp.astype(">u2") * np.array(257, ">u2")), "TIFF"), ramp),
+        "16 bit.pgm": (encode(deep, "PPM"), ramp), "8 bit.png": (encode(grey), ramp),
+        "rgb.png": (encode(colour), colours), "palette.png": (encode(palette), palette.convert("RGB")),
+        "palette clear.png": (encode(palette, transparency=0), index_0),
+        "rgba.png": (encode(clear), on_white), "rgba.webp": (encode(clear, "WEBP", lossless=True, exact=True),
+                                                              on_white),
+        "la.png": (encode(Image.merge("LA", [grey, Image.fromarray(alpha)])),
+                   np.round(255 + (ramp.astype(float) - 255) * alpha / 255)),
+        "key.png": (encode(grey, transparency=7), np.where(ramp == 7, 255, ramp)),
+        "opaque.png": (encode(colour.convert("RGBA")), colours),
+        "cmyk.tif": (encode(colour.convert("CMYK"), "TIFF"), colour.convert("CMYK").convert("RGB")),
+        "1 bit.png": (encode(grey.convert("1")), grey.convert("1").convert("RGB")),
+    }
+    for orientation in range(10):                           # 0 and 9 mean nothing
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        content = encode(colour, exif=exif)
+        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+        expected[f"exif {orientation}.png"] = content, upright
+    pictures = {name: content for name, (content, _) in expected.items()}
+    found = dict(zip(sorted(pictures), stored(small_encoder, tmp_path / "pets", pictures), strict=True))
+    for name, (_, right) in expected.items():
+        right = np.asarray(right)
+        right = right if right.ndim == 3 else np.repeat(right[..., None], 3, 2)
+        off = np.abs(found[name].transpose(1, 2, 0).astype(float) - right).max()
+        assert off <= (1 if name.startswith(("rgba", "la")) else 0), name
+
+
+def test_a_jpeg_stored_on_its_side_is_the_upright_picture(small_encoder, tmp_path):
+    blocks = np.random.default_rng(0).integers(0, 256, (5, 4, 3), np.uint8)
+    upright = Image.fromarray(blocks.repeat(8, 0).repeat(8, 1))
+    exif = Image.Exif()
+    exif[0x0112] = 6                                        # turn it clockwise to look at it
+    on_its_side = upright.transpose(Image.Transpose.ROTATE_90)
+    turned = encode(on_its_side, "JPEG", exif=exif, quality=100, subsampling=0)
+    broken = turned.replace(b"MM\0*", b"MM\0\0", 1)
+    assert broken != turned
+    pictures = {"a.png": encode(upright), "b.jpg": turned, "c.jpg": broken}
+    a, b, c = stored(small_encoder, tmp_path / "pets", pictures).astype(int)
+    assert np.abs(a - b).max() < 12 < np.abs(a - c).max()   # without a readable orientation it is as stored
+
+
+@pytest.mark.parametrize("kind", ["float32", "int32"])
+def test_pictures_without_a_known_white_are_refused(small_encoder, tmp_path, kind):
+    image = Image.fromarray(np.ones((16, 16), kind))
+    with pytest.raises(files.Refused, match="image 0 of split test cannot be decoded .*8 or 16 bits"):
+        stored(small_encoder, tmp_path / "pets", {"a.tif": encode(image, "TIFF")})
 
 
 # --------------------------------------------------------------------------------------- files under runs/
