@@ -28,6 +28,7 @@ from lib.devices import make_room
 from lib.progress import progress
 from lib.study import open_study, run
 from lib.training import batches, check_search, learning_rate, search_task
+from lib.vectors import probe_file
 
 LEARNING_RATES = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
 BATCH_SIZE, WEIGHT_DECAY, CLIP_NORM = 128, 0.1, 1.0
@@ -48,8 +49,9 @@ def main(args):
     # ---------------------------------------------------- open
     study = open_study(args, __file__)
     encoder, folder = study.encoder, study.folder
-    files = {name: [folder / "heads" / kind / f"{name}.safetensors" for kind in PROBES]
-             for name in study.sources}
+    files = {}
+    for name in study.sources:
+        files[name] = [probe_file(folder, kind, name, encoder.name)[0] for kind in PROBES]
     config = {"steps": args.probe_steps, "lr": args.probe_lr or "search", "batch_size": BATCH_SIZE,
               "weight_decay": WEIGHT_DECAY, "penalties": PENALTIES, "dtype": str(study.dtype)[6:]}
     made_of = {name: {"data": data} for name, data in study.data.items()}
@@ -105,7 +107,9 @@ def main(args):
               f"{row['converged']['seconds']:.1f} s", flush=True)
 
     # ---------------------------------------------------- say
-    average = {kind: mean(row[kind]["test"] for row in result.rows.values()) for kind in PROBES}
+    average = {}
+    for kind in PROBES:
+        average[kind] = mean(row[kind]["test"] for row in result.rows.values())
     print(f"probe: mean test accuracy over {len(result.rows)} tasks {average['paper']:.4f} as in the paper, "
           f"learning rate {lr:g}, and {average['converged']:.4f} converged")
 

@@ -49,7 +49,7 @@ def test_the_head_is_the_optimum_that_scikit_learn_finds(monkeypatch, penalty, s
     monkeypatch.setattr(probe, "PENALTIES", [penalty])
     ours, about = probe.fit_head(features, task)
     losses = [regularised_loss(head, features["train"], labels, penalty) for head in (ours, theirs)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] < np.log(len(task.classes))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5, abs=1e-5) and losses[0] < np.log(len(task.classes))
     assert about["gradient"] < 1e-4
     classes = reference.predict(((features["test"].double() - middle) / deviation).numpy())
     differ = int((common.predict(features["test"], ours).numpy() != classes).sum())
@@ -100,7 +100,7 @@ def test_the_paired_error_is_that_of_the_difference_image_by_image():
         split = common.Split(labels, np.arange(n), labels)
         tasks[name] = common.Task(name, {"test": split}, list("xyz"), "", "")
         right = rng.random(n) < 0.7
-        flips = rng.random(n) < 0.1                        # the two agree on most images
+        flips = rng.random(n) < 0.05                       # the two agree on most images
         ours.append(torch.from_numpy(np.where(right, labels, (labels + 1) % 3)))
         theirs.append(torch.from_numpy(np.where(right ^ flips, labels, (labels + 1) % 3)))
     found = merge_eval.paired_difference(tasks, ours, theirs)
