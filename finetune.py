@@ -147,10 +147,11 @@ def main(args):
     best = 0, None, None                     # validation accuracy, learning rate, what train returned
     if settings["lr"] != "search":
         result.values["lr"] = settings["lr"]
-    elif "lr" not in result.values:
+    elif "lr" not in result.values and result.search_begins():
         searched = search_task(tasks)
         search = result.values.get("search", {})
-        if search.get("version") != result.version:         # none begun, or by other code
+        # none begun, or by other code, or by a process with other tasks that was killed
+        if search.get("version") != result.version or search["task"] != searched:
             search = {"task": searched, "val": {}, "seconds": {}, "version": result.version}
             result.values["search"] = search
         for lr in ranks.deal([lr for lr in LEARNING_RATES if f"{lr:g}" not in search["val"]]):
@@ -173,6 +174,8 @@ def main(args):
         if not accuracies:
             raise Refused(f"every learning rate of the search diverged on {searched}; give --lr")
         result.values["lr"] = max(accuracies, key=accuracies.get)
+        result.search_ends()
+    check_search(result.path, result.values, search_task(tasks))           # what another process has found
     lr = result.values["lr"]
 
     # ---------------------------------------------------- one theta_t per task

@@ -56,7 +56,7 @@ def main(args):
     make_room(folder, images * encoder.width * evaluator.dtype.itemsize, "features")
 
     # ---------------------------------------------------- learning rate, on one task's validation split
-    if "lr" not in result.values:
+    if "lr" not in result.values and result.search_begins():
         searched = tasks[search_task(tasks)]
         features, accuracies = cached_features(folder, searched, evaluator, args.overwrite), {}
         start = time.perf_counter()
@@ -68,6 +68,8 @@ def main(args):
         result.values["lr"] = max(accuracies, key=accuracies.get)
         val = {f"{lr:g}": accuracy for lr, accuracy in accuracies.items()}
         result.values["search"] = {"task": searched.name, "val": val, "seconds": time.perf_counter() - start}
+        result.search_ends()
+    check_search(result.path, result.values, search_task(tasks))           # what another process has found
     lr = result.values["lr"]
 
     # ---------------------------------------------------- one head per task
