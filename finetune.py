@@ -27,8 +27,7 @@ from common import (Head, cached_features, count_hits, head_tensors, load_head, 
                     save_head)
 from lib import devices, flags, linearized, ranks
 from lib.encoders import weights_of
-from lib.files import (Refused, checksum, file_metadata, fingerprint, load_state, save_state,
-                       save_tensors)
+from lib.files import Refused, checksum, fingerprint, load_state, save_state, save_tensors
 from lib.progress import progress
 from lib.study import open_study, run
 from lib.training import batches, check_search, compare, learning_rate, search_task
@@ -105,10 +104,11 @@ def main(args):
     how = {"name": args.recipe, **recipe._asdict()}
     head_files = {name: head_file(study.here, how, name, encoder.name)[0] for name in study.sources}
     tuned_files = {name: study.here / "finetuned" / f"{name}.safetensors" for name in study.sources}
+    config = {"recipe": how, **settings, "weight_decay": WEIGHT_DECAY, "dtype": str(study.dtype)[6:]}
+    study.refuse_other_settings("finetune.json", config)
     made_of = {name: {"data": data} for name, data in study.data.items()}
     for name in study.sources if recipe.head == "probed" else ():
-        made_of[name]["head"] = file_metadata(head_files[name], f"python probe.py {encoder.name}")["sha256"]
-    config = {"recipe": how, **settings, "weight_decay": WEIGHT_DECAY, "dtype": str(study.dtype)[6:]}
+        made_of[name]["head"] = study.probed_head(name)
     result = study.result("finetune.json", config, made_of, key="tasks", protected=True,
                           weights=lambda name: [tuned_files[name], head_files[name]])
     check_search(result.path, result.values, search_task(study.sources))

@@ -42,6 +42,7 @@ def main(args):
     heads = {name: folder / "heads" / f"{name}.safetensors" for name in study.sources}
     config = {"steps": args.probe_steps, "lr": args.probe_lr or "search", "batch_size": BATCH_SIZE,
               "weight_decay": WEIGHT_DECAY, "dtype": str(study.dtype)[6:]}
+    study.refuse_other_settings("probe.json", config)
     made_of = {name: {"data": data} for name, data in study.data.items()}
     result = study.result("probe.json", config, made_of, key="tasks", weights=lambda name: [heads[name]],
                           protected=True)

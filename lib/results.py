@@ -87,11 +87,9 @@ class Result:
 
     def other_settings(self, there):
         """How what is on disk differs in its settings, in words; Refused where it is protected."""
-        differ = differences(there["config"], self.config) if there else []
-        if differ and self.protected and not self.overwrite:
-            raise Refused(f"{self.path} holds a result of other settings ({'; '.join(differ)}): "
-                          f"give {self.beside} to keep both, or --overwrite to replace it")
-        return differ
+        if self.protected and not self.overwrite:
+            refuse_other_settings(self.path, there, self.config, self.beside)
+        return differences(there["config"], self.config) if there else []
 
     @property
     def rows(self):
@@ -170,7 +168,8 @@ class Result:
         return sorted(changed)
 
     def start_anew(self):
-        """Forget what --overwrite replaces: the rows asked for, and all where no other row of this code stays."""
+        """Forget what --overwrite replaces: the rows asked for, those of other code, and where no row stays
+        what they share."""
         kept = {}
         for row, values in self.rows.items():
             if row not in self.inputs and values.get("version") == self.version:
@@ -311,6 +310,14 @@ class Result:
             of_training = self.training_state(row, "?" * 10)    # not those of a row named ROW-MORE
             for path in (self.state_path(row), *of_training.parent.glob(of_training.name)):
                 path.unlink(missing_ok=True)
+
+
+def refuse_other_settings(path, there, config, beside):
+    """Refused where a protected result is there under other settings; `beside` is the flag for both."""
+    differ = differences(there["config"], config) if there else []
+    if differ:
+        raise Refused(f"{path} holds a result of other settings ({'; '.join(differ)}): "
+                      f"give {beside} to keep both, or --overwrite to replace it")
 
 
 def differences(there, asked):

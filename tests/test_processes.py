@@ -154,7 +154,7 @@ def test_a_search_is_done_once_and_waited_for(tmp_path, overwrite):
             make_row(old, "cars")
     with as_a_process(), ThreadPoolExecutor() as pool:
         mine, theirs = (rows_job(path, rows, overwrite=overwrite) for rows in (["cars"], ["dtd"]))
-        assert mine.search_begins()                        # of its own search, not of what --overwrite replaces
+        assert mine.search_begins()                        # has not taken what --overwrite replaces
         waiting = pool.submit(theirs.search_begins)
         time.sleep(0.2)
         assert not waiting.done()

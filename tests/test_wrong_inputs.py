@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import resource
 import shutil
 import struct
 import sys
@@ -348,7 +349,7 @@ def test_checkpoints(tmp_path):
 # --------------------------------------------------------------------------------------- disks
 
 
-@pytest.mark.parametrize("call", range(1, 13, 2))
+@pytest.mark.parametrize("call", range(1, 13, 4))
 def test_a_full_disk_at_any_write_ends_in_one_line_and_the_next_run_finishes(copy, monkeypatch, capsys, call):
     """ENOSPC at the n-th flush to disk of finetune, make_vectors and merge_eval, run from the heads on."""
     shutil.rmtree(copy / "tiny/aligned")
@@ -377,6 +378,83 @@ def test_a_full_disk_at_any_write_ends_in_one_line_and_the_next_run_finishes(cop
     monkeypatch.setattr(os, "fsync", flush)
     run_stages()
     assert "test" in files.read_json(copy / "tiny/aligned/merge.json", "")
+
+
+def run_stage(monkeypatch, name, *words):
+    """A stage as its command line runs it, in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
+    module = importlib.import_module(name)
+    try:
+        with as_a_process():
+            study_module.run(module.main, module.parse_args)
+    except SystemExit as left:
+        return left.code
+    return 0
+
+
+@pytest.mark.parametrize("name, made, too_large", [
+    ("probe", ["inputs", "tiny/probe.json"], "inputs/glyphs-*/train_inputs.npy"),
+    ("probe", ["inputs", "tiny/probe.json"], "inputs/glyphs-*/train_labels.npy"),
+    ("finetune", ["tiny/aligned"], "tiny/aligned/finetuned/glyphs.safetensors"),
+    ("make_vectors", ["tiny/aligned/vectors.json"], "tiny/aligned/overlap.png"),
+    ("disentangle", ["tiny/aligned/disentangle.json"], "tiny/aligned/disentangle/glyphs-signs.npz"),
+    ("report", [], "report/report.html"),
+])
+def test_a_file_that_does_not_fit_ends_in_one_line(copy, monkeypatch, capfd, name, made, too_large):
+    """In a child that may write no larger file: as on a full disk, but for the error's number."""
+    [path] = copy.glob(too_large)
+    limit = path.stat().st_size - 1
+    for file in map(copy.joinpath, made):
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+    words = ["tiny", *ALL_TASKS, *STAGES[name]] if name in STAGES else []
+    capfd.readouterr()
+    child = os.fork()
+    if child == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        os._exit(run_stage(monkeypatch, name, *words, "--runs", copy))
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    said = capfd.readouterr().err
+    assert status == 2 and said.count("\n") == 1 and "File too large" in said, said
+    assert not list(copy.rglob("*.tmp"))
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="no posix_fallocate here")
+def test_the_blocks_of_a_mapped_array_are_on_the_disk_before_anything_is_written_to_it(tmp_path):
+    files.new_array(tmp_path / "new.npy", (1000, 1000), np.uint8)
+    assert 512 * (tmp_path / "new.npy").stat().st_blocks >= 10 ** 6
+    files.save_array(tmp_path / "saved.npy", np.arange(12.0).reshape(3, 4))
+    assert (np.load(tmp_path / "saved.npy") == np.arange(12.0).reshape(3, 4)).all()
+
+
+def raising(error):
+    def main(args):
+        raise error
+    return main
+
+
+@pytest.mark.parametrize("main, code, said", [
+    (lambda args: torch.empty(2 ** 50), 2, "out of memory"),
+    (lambda args: np.empty(2 ** 50), 2, "out of memory"),
+    (raising(MemoryError()), 2, "out of memory"),
+    (raising(OSError(errno.EMFILE, "Too many open files", "x.json")), 2, "Too many open files: x.json"),
+    (lambda args: print("said", flush=True), 141, "what read its output has ended"),
+    (lambda args: print("said"), 141, "what read its output has ended"),
+])
+def test_no_memory_no_file_or_no_reader_is_one_line(monkeypatch, capsys, main, code, said):
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(write, "w"))
+    with pytest.raises(SystemExit) as left:
+        study_module.run(main, lambda: None)
+    sys.stdout.close()
+    found = capsys.readouterr().err
+    assert left.value.code == code and found.count("\n") == 1 and said in found
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), FileNotFoundError(errno.ENOENT, "gone", "x")])
+def test_a_bug_keeps_its_traceback(error):
+    with pytest.raises(type(error)):
+        study_module.run(raising(error), lambda: None)
 
 
 def test_what_does_not_fit_is_refused_before_it_starts(copy, monkeypatch):
