@@ -324,7 +324,7 @@ def test_an_analysis_is_not_believed_for_files_that_a_stopped_overwrite_has_writ
         [content for path, content in zip(arrays, before, strict=True) if path.suffix != ".png"]
 
 
-def test_other_test_images_of_a_task_are_noticed_by_every_stage_and_said_in_the_report(copy, tmp_path, capsys):
+def test_other_test_images_are_noticed_by_every_stage_and_said_in_the_report(copy, tmp_path, capsys):
     """Only one image of test/ of one task changes; what does not meet it stays."""
     folders = [image_folder(tmp_path / name, n_train=30) for name in ("pets", "cars2")]
     tasks = ["--tasks", f"pets={folders[0]},cars2={folders[1]}"]
