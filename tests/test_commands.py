@@ -116,7 +116,7 @@ def test_the_commands_of_run_all_are_not_refused(left, tmp_path, flag, names):
 [ "$1" = -c ] && exec {sys.executable} "$@"
 file=${{1##*/}}
 shift
-echo "$file $*" >> asked
+echo "$file" "$@" >> asked
 """)
     fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
