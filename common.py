@@ -11,6 +11,7 @@ Source  arXiv:2511.14569; the choices it leaves open are listed in the README
 """
 import copy
 import difflib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ def task_sources(words, data=None, recorded=None):
         if name in sources:
             raise Refused(f"--tasks names a task twice: {name}")
         if given and (given.startswith((".", "/", "~")) or Path(given).exists()):
-            sources[name] = str(Path(given).expanduser().resolve())
+            sources[name] = str(Path(os.path.expanduser(given)).resolve())
         elif given:
             sources[name] = given
         elif data and (data / name).is_dir():

@@ -98,6 +98,7 @@ def main(args):
     points, limit = settings["points"], settings["limit"]
     if points % 2 == 0 or points < 3:
         raise Refused(f"--points {points} has to be odd and at least 3: another grid would miss lambda = 0")
+    lambdas = flags.even_grid("--limit", -limit, limit, points)
     pairs = choose_pairs(args.pairs, list(study.sources))
     used = sorted(set(itertools.chain(*pairs.values())))
     fingerprints = study.vectors(used)
@@ -118,7 +119,6 @@ def main(args):
     vectors = {name: load_vector(study.source, name, study.encoder) for name in used}
     heads = {name: study.load_head(tasks[name]) for name in used}
     images = {name: sample(tasks[name].splits["test"], settings["samples"], args.seed) for name in used}
-    lambdas = np.linspace(-limit, limit, points).round(10)
     cells = points ** 2 * sum(len(images[name]) for pair in todo for name in pairs[pair])
     evaluator = study.evaluator(cells, study.recipe["linear"])
     print(f"disentangle: {len(todo)} pairs, {points} x {points} points, {cells} images to evaluate",

@@ -29,8 +29,7 @@ from common import (PROBES, Head, cached_features, count_hits, head_tensors, loa
                     save_head)
 from lib import devices, flags, linearized, ranks
 from lib.encoders import weights_of
-from lib.files import (Refused, checksum, file_metadata, fingerprint, load_state, save_state,
-                       save_tensors)
+from lib.files import Refused, checksum, fingerprint, load_state, save_state, save_tensors
 from lib.progress import progress
 from lib.study import open_study, run
 from lib.training import batches, check_search, compare, learning_rate, search_task
@@ -115,10 +114,11 @@ def main(args):
     how = {"name": args.recipe, **recipe._asdict(), "probe": args.probe}
     head_files = {name: head_file(study.here, how, name, encoder.name)[0] for name in study.sources}
     tuned_files = {name: study.here / "finetuned" / f"{name}.safetensors" for name in study.sources}
+    config = {"recipe": how, **settings, "weight_decay": WEIGHT_DECAY, "dtype": str(study.dtype)[6:]}
+    study.refuse_other_settings("finetune.json", config)
     made_of = {name: {"data": data} for name, data in study.data.items()}
     for name in study.sources if recipe.head == "probed" else ():
-        made_of[name]["head"] = file_metadata(head_files[name], f"python probe.py {encoder.name}")["sha256"]
-    config = {"recipe": how, **settings, "weight_decay": WEIGHT_DECAY, "dtype": str(study.dtype)[6:]}
+        made_of[name]["head"] = study.probed_head(args.probe, name)
     result = study.result("finetune.json", config, made_of, key="tasks", protected=True,
                           weights=lambda name: [tuned_files[name], head_files[name]])
     check_search(result.path, result.values, search_task(study.sources))
@@ -157,10 +157,11 @@ def main(args):
     best = 0, None, None                     # validation accuracy, learning rate, what train returned
     if settings["lr"] != "search":
         result.values["lr"] = settings["lr"]
-    elif "lr" not in result.values:
+    elif "lr" not in result.values and result.search_begins():
         searched = search_task(tasks)
         search = result.values.get("search", {})
-        if search.get("version") != result.version:         # none begun, or by other code
+        # none begun, or by other code, or by a process with other tasks that was killed
+        if search.get("version") != result.version or search["task"] != searched:
             search = {"task": searched, "val": {}, "seconds": {}, "version": result.version}
             result.values["search"] = search
         for lr in ranks.deal([lr for lr in LEARNING_RATES if f"{lr:g}" not in search["val"]]):
@@ -183,6 +184,8 @@ def main(args):
         if not accuracies:
             raise Refused(f"every learning rate of the search diverged on {searched}; give --lr")
         result.values["lr"] = max(accuracies, key=accuracies.get)
+        result.search_ends()
+    check_search(result.path, result.values, search_task(tasks))           # what another process has found
     lr = result.values["lr"]
 
     # ---------------------------------------------------- one theta_t per task

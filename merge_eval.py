@@ -39,7 +39,7 @@ def main(args):
     # ---------------------------------------------------- open
     study = open_study(args, __file__, "finetune.json")
     encoder, names, recipe = study.encoder, list(study.sources), study.recipe
-    lambdas = np.linspace(0, args.lambda_max, args.lambdas).round(10).tolist()
+    lambdas = flags.even_grid("--lambda-max", 0, args.lambda_max, args.lambdas).tolist()
     single = {"val": {name: study.finetuned["tasks"][name]["val"] for name in names},
               "test": {name: study.finetuned["tasks"][name]["test"] for name in names}}
     inputs = {"vectors": study.vectors(), "probes": study.probes(), "data": study.data, "single_task": single}

@@ -54,6 +54,7 @@ def main(args):
         files[name] = [probe_file(folder, kind, name, encoder.name)[0] for kind in PROBES]
     config = {"steps": args.probe_steps, "lr": args.probe_lr or "search", "batch_size": BATCH_SIZE,
               "weight_decay": WEIGHT_DECAY, "penalties": PENALTIES, "dtype": str(study.dtype)[6:]}
+    study.refuse_other_settings("probe.json", config)
     made_of = {name: {"data": data} for name, data in study.data.items()}
     result = study.result("probe.json", config, made_of, key="tasks", weights=files.get, protected=True)
     check_search(result.path, result.values, search_task(study.sources))
@@ -67,7 +68,7 @@ def main(args):
     make_room(folder, images * encoder.width * evaluator.dtype.itemsize, "features")
 
     # ---------------------------------------------------- the paper's learning rate, on one task's validation
-    if "lr" not in result.values:
+    if "lr" not in result.values and result.search_begins():
         searched = tasks[search_task(tasks)]
         start, accuracies = time.perf_counter(), {}         # a part of probing, so are the features
         features = cached_features(folder, searched, evaluator, args.overwrite)
@@ -79,6 +80,8 @@ def main(args):
         result.values["lr"] = max(accuracies, key=accuracies.get)
         val = {f"{lr:g}": accuracy for lr, accuracy in accuracies.items()}
         result.values["search"] = {"task": searched.name, "val": val, "seconds": time.perf_counter() - start}
+        result.search_ends()
+    check_search(result.path, result.values, search_task(tasks))           # what another process has found
     lr = result.values["lr"]
 
     # ---------------------------------------------------- two heads per task

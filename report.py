@@ -16,7 +16,7 @@ import numpy as np
 
 from common import PROBES, TASKS
 from lib import flags, pages
-from lib.comparisons import (PUBLISHED, costs, percent, pictures_of_all, trains_everything,
+from lib.comparisons import (PUBLISHED, costs, out_of_step, percent, pictures_of_all, trains_everything,
                              which_parameters_train)
 from lib.devices import pick_device
 from lib.files import Refused, read_json, replacing, write_json
@@ -31,23 +31,27 @@ MADE_ON_DEMAND = {"representation.json": "disentangle.py --metric representation
 
 def parse_args(argv=None):
     parser = flags.flag_parser(__doc__)
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of results (default runs)")
-    parser.add_argument("--seeds", type=Path, nargs="+", default=[],
+    parser.add_argument("--runs", type=flags.folder, default=Path("runs"),
+                        help="folder of results (default runs)")
+    parser.add_argument("--seeds", type=flags.folder, nargs="+", default=[],
                         help="other folders with the same study under other seeds")
     return parser.parse_args(argv)
 
 
 def main(args):
     # ---------------------------------------------------- what is there
+    for folder in args.seeds:
+        if not folder.is_dir():
+            raise Refused(f"--seeds {folder} is not a folder")
     probes, variants = find_results(args.runs)
     if not probes:
         raise Refused(f'no results in {args.runs} ({args.runs}/*/probe.json): run "bash run_all.sh" first')
     out = args.runs / "report"
 
     # ---------------------------------------------------- the page
-    accuracies = accuracy_tables(variants)
+    accuracies, doubtful = accuracy_tables(variants), out_of_step(probes, variants)
     blocks = [("h1", "Task addition in closed-vocabulary vision models"),
-              *answers(probes, variants), *accuracies]
+              *doubtful, *answers(probes, variants), *accuracies]
     if args.seeds:
         blocks += over_seeds(args, variants, out)
     blocks += pictures_of_all(variants, out)
@@ -63,7 +67,7 @@ def main(args):
         temporary.write_text(pages.as_markdown(blocks, out))
     with replacing(out / "report.html") as temporary:
         temporary.write_text(pages.as_html(blocks))
-    for kind, content in accuracies:
+    for kind, content in accuracies + doubtful:
         print(f"\n{pages.markdown_table(content) if kind == 'table' else content}")
     print()
     for path in dict.fromkeys(content for kind, content in blocks if kind == "picture"):
@@ -76,6 +80,8 @@ def find_results(runs):
     probes, variants = {}, {}
     for path in sorted(runs.glob("*/probe.json")):
         probe = read_json(path, "python probe.py ENCODER")
+        if not probe.get("tasks"):                         # stopped after its search
+            continue
         encoder = probe["encoder"]
         folders = sorted(folder for folder in path.parent.iterdir() if folder.is_dir())
         probes[encoder] = probe

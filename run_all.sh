@@ -7,7 +7,9 @@
 #   bash run_all.sh vit_b16_dino --attention    # also attention*, linearized, the tests of arXiv:2407.07089
 #   bash run_all.sh timm:NAME --weights FILE --data DIR --tasks a,b,c --image-size 128 --steps 300
 set -eo pipefail
+caller=$PWD
 cd "$(dirname "$0")"
+here=$PWD
 refuse() { echo "run_all.sh: $1 (bash run_all.sh --help shows examples)" >&2; exit 2; }
 
 if [ "${1-}" = --help ] || [ "${1-}" = -h ]; then sed -n '2,/^set /{/^#/p}' run_all.sh; exit; fi
@@ -46,16 +48,17 @@ if [ $everything = yes ] && python -c "$has_text" "$encoder"; then names+=(zeros
 if [ $attention = yes ]; then
   names+=(attention attention-bias attention-mlp attention-mlp-bias linearized); disentangle+=(--metric both)
 fi
-if [ "$encoder" = tiny ]; then python pretrain.py tiny "${shared[@]}" "${pretrain[@]}"; fi
-python probe.py "$encoder" "${shared[@]}" "${probe[@]}"
+cd "$caller"                                               # whose folders relative paths mean
+if [ "$encoder" = tiny ]; then python "$here/pretrain.py" tiny "${shared[@]}" "${pretrain[@]}"; fi
+python "$here/probe.py" "$encoder" "${shared[@]}" "${probe[@]}"
 for name in "${names[@]}"; do
   stage=("$encoder" --name "$name" "${shared[@]}")
   case $name in full | zeroshot*) heads=() ;; *) heads=("${against[@]}") ;; esac
-  python finetune.py "${stage[@]}" "${finetune[@]}" "${heads[@]}"
-  python make_vectors.py "${stage[@]}"
-  python merge_eval.py "${stage[@]}" "${search[@]}"
-  python disentangle.py "${stage[@]}" "${disentangle[@]}"
-  if [ $attention = yes ] && [ "$name" != linearized ]; then python posthoc.py "${stage[@]}"; fi
-  if [ $everything = yes ]; then python subsets.py "${stage[@]}" "${search[@]}" "${subsets[@]}"; fi
+  python "$here/finetune.py" "${stage[@]}" "${finetune[@]}" "${heads[@]}"
+  python "$here/make_vectors.py" "${stage[@]}"
+  python "$here/merge_eval.py" "${stage[@]}" "${search[@]}"
+  python "$here/disentangle.py" "${stage[@]}" "${disentangle[@]}"
+  if [ $attention = yes ] && [ "$name" != linearized ]; then python "$here/posthoc.py" "${stage[@]}"; fi
+  if [ $everything = yes ]; then python "$here/subsets.py" "${stage[@]}" "${search[@]}" "${subsets[@]}"; fi
 done
-python report.py "${report[@]}"
+python "$here/report.py" "${report[@]}"

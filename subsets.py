@@ -45,7 +45,7 @@ def main(args):
     if len(names) < 2:
         raise Refused(f"subsets need two tasks or more, --tasks names {', '.join(names)}")
     settings = study.settings("subsets", args, DEFAULTS)
-    lambdas = np.linspace(0, args.lambda_max, args.lambdas).round(10).tolist()
+    lambdas = flags.even_grid("--lambda-max", 0, args.lambda_max, args.lambdas).tolist()
     chosen = {"+".join(subset): subset for subset in choose_subsets(names, args.per_size, args.seed)}
     made_of = {}
     for key, subset in chosen.items():

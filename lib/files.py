@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from lib import ranks
 
@@ -113,15 +113,9 @@ def save_tensors(path, tensors, from_any_rank=False, **metadata):
     about = metadata | {"sha256": fingerprint(tensors)}
     about = json.dumps(about | {"checksum": checksum(about)}, sort_keys=True)
     with replacing(path) as temporary:
-        # safetensors leaves a file of its own beside its target when it is killed: a folder takes both
-        folder = temporary.with_suffix(".writing.tmp")
-        try:
-            folder.mkdir()
-            # one entry: the order of several would vary
-            save_file(tensors, folder / path.name, {"about": about})
-            os.replace(folder / path.name, temporary)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        # not save_file: a full disk is no OSError there, and others may not read what it writes.
+        # One entry: the order of several would vary
+        temporary.write_bytes(save(tensors, {"about": about}))
 
 
 def load_tensors(path, made_by, **expected):
@@ -155,18 +149,23 @@ def file_metadata(path, made_by):
     require(path, made_by)
     with opened(path, made_by) as file:
         about = json.loads((file.metadata() or {}).get("about", "{}"))
-    if about.pop("checksum", None) != checksum(about):
+    if "checksum" not in about:
+        raise Refused(f'{path} was not written by this version of the study: '
+                      f'move it away and run "{made_by}" again')
+    if about.pop("checksum") != checksum(about):
         raise Refused(f'{path} does not match its own checksum: delete it and run "{made_by}" again')
     return about
 
 
 @contextlib.contextmanager
 def opened(path, made_by):
-    """An open safetensors file; Refused if it is cut or no such file."""
+    """An open safetensors file; Refused if it is cut or no such file, OSError if it may be whole."""
+    with open(path, "rb"):
+        pass                                 # safe_open says of whatever it cannot open that it is not there
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+    except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
         raise Refused(f'{path} cannot be read ({error}): delete it and run "{made_by}" again') from error
 
 
@@ -200,6 +199,18 @@ def load_state(path):
 # --------------------------------------------------------------------------------------- results
 
 
+class Values(dict):
+    """The values of a JSON file. One that lacks a key, edited by hand or of another version, is Refused."""
+
+    def __init__(self, path, made_by, values):
+        super().__init__(values)
+        self.path, self.made_by = path, made_by
+
+    def __missing__(self, key):
+        raise Refused(f"{self.path} lacks {key}, as one edited by hand or of an older version may: "
+                      f'run "{self.made_by}" with --overwrite')
+
+
 def write_json(path, result):
     """Write a result with a checksum of itself (rank 0)."""
     if ranks.rank() > 0:
@@ -212,19 +223,38 @@ def write_json(path, result):
 def read_json(path, made_by):
     """An earlier stage's result. Refused if missing, not JSON or no result; a warning if edited by hand."""
     require(path, made_by)
-    again = f'delete it and run "{made_by}" again'
     try:
-        result = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise Refused(f"{path} is not valid JSON ({error}): {again}") from error
+        result = json.loads(path.read_text(), object_hook=lambda values: Values(path, made_by, values))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Refused(f'{path} is not valid JSON ({error}): delete it and run "{made_by}" again') from error
     keys = {"config": dict, "command": str, "machine": dict}
     if not isinstance(result, dict) or not all(isinstance(result.get(key), kind)
                                                for key, kind in keys.items()):
-        raise Refused(f"{path} is no result of this study: {again}")
+        raise Refused(f"{path} is no result of this version of the study: "
+                      f'move it away and run "{made_by}" again')
     if result.pop("checksum", None) != checksum(result) and ranks.rank() == 0:
         print(f"warning: {path} is not as it was written (its checksum differs): taken as edited by hand",
               file=sys.stderr)
     return result
+
+
+def new_array(path, shape, dtype):
+    """An array mapped to a new .npy file whose blocks on disk are reserved; OSError where the disk is full.
+
+    Found out later, in the middle of a mapped file, that ends the process without a word.
+    """
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    if hasattr(os, "posix_fallocate"):                     # not on macOS
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
+def save_array(path, array):
+    """Write a numpy array as .npy; np.save itself does not say why it fails."""
+    mapped = new_array(path, array.shape, array.dtype)
+    mapped[:] = array
+    mapped.flush()
 
 
 def save_arrays(path, **arrays):

@@ -6,6 +6,10 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
+
+from lib.files import Refused
+
 
 def stage_parser(docstring):
     """A parser with the flags every stage has; `--help` shows the docstring with its pasteable commands."""
@@ -16,11 +20,11 @@ def stage_parser(docstring):
     add("--tasks", help="comma-separated; NAME of a known task or of a folder in --data, or "
                         "NAME=HUB_ID_OR_FOLDER (default: those of the stage before; probe.py: the encoder's "
                         "own, else the paper's eight)")
-    add("--data", type=Path, help="folder of data sets; DIR/NAME is looked for before the hub")
+    add("--data", type=folder, help="folder of data sets; DIR/NAME is looked for before the hub")
     add("--weights", type=Path, help="checkpoint file of the encoder, for machines without a hub")
     add("--image-size", type=positive,
         help="pixels; position embeddings are resampled (default: the checkpoint's own)")
-    add("--runs", type=Path, default=Path("runs"), help="where results go (default: runs)")
+    add("--runs", type=folder, default=Path("runs"), help="where results go (default: runs)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
     add("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
         help="of the forward pass (auto: bf16 where the hardware has it; disentangle.py fp32)")
@@ -72,18 +76,17 @@ def speak_utf8():
 # --------------------------------------------------------------------------------------- argparse types
 
 
-def natural(text):
-    """A whole number of at least 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
-    return int(text)
+def natural(text, least=0, most=2 ** 63 - 1):
+    """A whole number from 0 to what generators take as a seed."""
+    number = int(text) if text.isdecimal() and len(text) < 20 else -1
+    if not least <= number <= most:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
+    return number
 
 
 def positive(text):
-    """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
+    """A whole number from 1 to what no machine gets through."""
+    return natural(text, 1, 10 ** 9)
 
 
 def positive_float(text):
@@ -95,6 +98,23 @@ def positive_float(text):
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return number
+
+
+def even_grid(flag, low, high, n):
+    """n evenly spaced numbers from low to high, rounded to ten digits; Refused where that spoils them."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        numbers = np.linspace(low, high, n).round(10)
+    if not np.isfinite(numbers).all() or len(np.unique(numbers)) < n:
+        raise Refused(f"{flag} {high:g} is no end of a grid of {n} numbers that are kept to ten digits")
+    return numbers
+
+
+def folder(text):
+    """The path of a folder, that there may be or not."""
+    path = Path(text)
+    if not text or path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a folder")
+    return path
 
 
 RESERVED = {"features", "heads", "state", "earlier"}       # folders of their own beside the variants' folders

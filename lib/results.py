@@ -59,10 +59,8 @@ class Result:
             self.claims = [claim(path, self.row_name(row)) for row in sorted(self.inputs)]
         ranks.wait()
         there = self.on_disk()
-        differ = differences(there.get("config", {}), self.config) if there else []
-        if differ and protected and not overwrite:
-            raise Refused(f"{path} holds a result of other settings ({'; '.join(differ)}): "
-                          f"give {self.beside} to keep both, or --overwrite to replace it")
+        self.search_before = there.get("search")
+        differ = self.other_settings(there)
         self.values = {} if differ else there
         self.check_inputs()
         older = [row for row in self.rows
@@ -86,6 +84,12 @@ class Result:
                 print(f"{self.stage}: {refusal}; it is overwritten", flush=True)
                 return {}
         return read_json(self.path, "the same command") if self.path.exists() else {}
+
+    def other_settings(self, there):
+        """How what is on disk differs in its settings, in words; Refused where it is protected."""
+        if self.protected and not self.overwrite:
+            refuse_other_settings(self.path, there, self.config, self.beside)
+        return differences(there["config"], self.config) if there else []
 
     @property
     def rows(self):
@@ -129,7 +133,7 @@ class Result:
         if self.overwrite or not there:
             return
         if self.protected and older and f"{self.stage}.py" not in self.makers(there, older):
-            makers = " and ".join(self.makers(there, older))
+            makers = " and ".join(self.makers(there, older)) or "an older version of this study"
             raise Refused(f"{self.path} was made by {makers}, not by {self.stage}.py: "
                           f"give {self.beside} to put yours beside it, or --overwrite to replace it")
         if self.protected and older:
@@ -152,7 +156,7 @@ class Result:
         """The scripts that made some rows."""
         files = set()
         for row in rows:
-            files |= set(there["code"][self.made_by(row)])
+            files |= set(there.get("code", {}).get(self.made_by(row), ()))
         return sorted(file for file in files if "/" not in file and file != "common.py")
 
     def changed_files(self, there, rows):
@@ -164,44 +168,59 @@ class Result:
         return sorted(changed)
 
     def start_anew(self):
-        """Forget what --overwrite replaces: the rows asked for, and what all rows share.
-
-        Other rows of this code stay.
-        """
+        """Forget what --overwrite replaces: the rows asked for, those of other code, and where no row stays
+        what they share."""
         kept = {}
         for row, values in self.rows.items():
             if row not in self.inputs and values.get("version") == self.version:
                 kept[row] = values
-        self.values = {self.key: kept} if self.key else {}
+        self.values = self.values | {self.key: kept} if kept else {}
         for row in self.todo:
             self.forget(row)
+
+    def take_rows(self, there):
+        """Of the rows on disk all but those that are made here, which only this process has as they are."""
+        on_disk = there.get(self.key, {}) if there.get("config") == self.config else {}
+        mine = {row: values for row, values in self.rows.items() if row in self.todo}
+        rows = {}
+        for row, values in (on_disk | mine).items():
+            kept = not self.overwrite or values.get("version") == self.version
+            if row in mine or (kept and row not in self.todo):
+                rows[row] = values
+        self.values[self.key] = rows
 
     @contextlib.contextmanager
     def saving(self, row=WHOLE):
         """Around writing a row's files and values: what they replace is set aside, the JSON comes last.
 
-        Rows that other processes have written meanwhile are kept. Of torchrun's processes rank 0 writes.
+        Other rows are left as they are on disk. Of torchrun's processes rank 0 writes.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with locked(self.path) if ranks.rank() == 0 else contextlib.nullcontext():
             there = self.on_disk()
-            if not self.protected and not self.overwrite and ranks.rank() == 0:
-                self.set_aside(there, row)
+            self.other_settings(there)                     # those of a process that began at the same time
+            if not self.protected and ranks.rank() == 0:
+                self.drop(there, row) if self.overwrite else self.set_aside(there, row)
+            if self.key:
+                self.take_rows(there)
             yield
             if row in self.rows or not self.key:
                 about = {"version": self.version, "made_of": self.inputs[row],
                          "weights_sha256": self.fingerprints(row)}
                 (self.rows[row] if self.key else self.values).update(about)
-            same = there.get("config") == self.config and self.key
-            for other, values in there.get(self.key, {}).items() if same else ():
-                kept = not self.overwrite or values.get("version") == self.version
-                if kept and other not in self.rows and other not in self.todo:
-                    self.rows[other] = values              # another process has written it meanwhile
-            code = there.get("code", {}) if same else {}
+            code = there.get("code", {}) if self.key and there.get("config") == self.config else {}
             self.values |= {"config": self.config, "code": code | {self.version: self.code},
                             **self.provenance}
             write_json(self.path, self.values)
         self.forget(row)
+
+    def drop(self, there, row):
+        """Take what --overwrite replaces out of the file before its pictures and arrays are others."""
+        if self.key and there.get("config") == self.config:
+            rest = {other: values for other, values in there[self.key].items() if other != row}
+            write_json(self.path, there | {self.key: rest})
+        else:
+            self.path.unlink(missing_ok=True)
 
     @property
     def earlier(self):
@@ -231,6 +250,33 @@ class Result:
             os.replace(self.path, self.aside / self.path.name)
         elif not (self.aside / self.path.name).exists():
             shutil.copy2(self.path, self.aside / self.path.name)
+
+    # ---------------------------------------------------- a learning rate that all rows share
+
+    def search_begins(self):
+        """Whether a learning rate has to be searched, once no other process searches; then none does.
+
+        What another process has found since this one began is taken.
+        """
+        if ranks.rank() == 0:
+            self.search = claim(self.path, f"{self.path.stem}.search")
+        ranks.wait()
+        there = self.on_disk()
+        if not self.other_settings(there) and there.get("search") != self.search_before:
+            self.values |= {key: there[key] for key in ("search", "lr") if key in there}
+        if "lr" in self.values:
+            self.release_search()
+        return "lr" not in self.values
+
+    def search_ends(self):
+        """Write what was found, for this process and those that wait for it."""
+        with self.saving():
+            pass
+        self.release_search()
+
+    def release_search(self):
+        if ranks.rank() == 0 and self.search:
+            self.search.release()
 
     # ---------------------------------------------------- half-done rows
 
@@ -264,6 +310,14 @@ class Result:
             of_training = self.training_state(row, "?" * 10)    # not those of a row named ROW-MORE
             for path in (self.state_path(row), *of_training.parent.glob(of_training.name)):
                 path.unlink(missing_ok=True)
+
+
+def refuse_other_settings(path, there, config, beside):
+    """Refused where a protected result is there under other settings; `beside` is the flag for both."""
+    differ = differences(there["config"], config) if there else []
+    if differ:
+        raise Refused(f"{path} holds a result of other settings ({'; '.join(differ)}): "
+                      f"give {beside} to keep both, or --overwrite to replace it")
 
 
 def differences(there, asked):

@@ -13,7 +13,7 @@ import numpy as np
 
 from lib import generated, hub, ranks
 from lib.encoders import near
-from lib.files import Refused, block_checksums, checksum, replacing
+from lib.files import Refused, block_checksums, checksum, replacing, save_array
 
 READING = 2        # raise it where the same files would be read as other inputs or labels than before
 LABEL_COLUMNS = "label", "labels"
@@ -58,12 +58,12 @@ def build_cache(folder, name, source, registered, encoder, seed):
             inputs, labels, classes = {}, {}, list(generated.TASKS[name])
             for split in ("train", "test"):
                 inputs[split], labels[split] = generated.draw_task(name, split, seed)
-                np.save(temporary / f"{split}_inputs.npy", inputs[split])
+                save_array(temporary / f"{split}_inputs.npy", inputs[split])
         else:
             inputs = encoder.store(name, encoded, temporary)
         digest, shapes = hashlib.sha256(), {}
         for split in ("train", "test"):
-            np.save(temporary / f"{split}_labels.npy", labels[split])
+            save_array(temporary / f"{split}_labels.npy", labels[split])
             for block in range(0, len(inputs[split]), 4096):
                 digest.update(np.ascontiguousarray(inputs[split][block:block + 4096]).data)
             digest.update(np.ascontiguousarray(labels[split]).data)
@@ -82,7 +82,7 @@ def read_about(folder):
     try:
         about = json.loads((folder / "about.json").read_text())
         sound = about.pop("checksum", None) == checksum(about)
-    except (OSError, ValueError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, AttributeError, RecursionError) as error:
         raise Refused(f"image cache {folder} cannot be read ({error}): {redo}") from error
     if not sound:
         raise Refused(f"image cache {folder} does not match its own checksums: {redo}")
@@ -99,7 +99,7 @@ def read_arrays(folder):
         for key, shape in about["shapes"].items():
             arrays[key] = np.load(folder / f"{key}.npy", mmap_mode="r" if key.endswith("_inputs") else None)
             sound = sound and list(arrays[key].shape) == shape
-    except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+    except (FileNotFoundError, ValueError, EOFError, KeyError, TypeError) as error:
         raise Refused(f"image cache {folder} cannot be read ({error}): {redo}") from error
     if not sound:
         raise Refused(f"image cache {folder} does not match its own checksums: {redo}")

@@ -28,8 +28,14 @@ from lib.devices import compile_pays, pick_device, pick_dtype
 from lib.files import Refused, file_metadata, read_json
 from lib.flags import complain, speak_utf8
 from lib.linearized import LinearizedEvaluator
-from lib.results import Result
+from lib.results import Result, jsonable, refuse_other_settings
 from lib.vectors import head_file, probe_file, vector_metadata
+
+
+# what a file system says of a place or a limit, not of a bug
+OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS,
+                  errno.EMFILE, errno.ENFILE, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EIO,
+                  errno.ESTALE}
 
 
 def run(main, parse_args):
@@ -45,14 +51,22 @@ def run(main, parse_args):
         ranks.join()
         main(args)
         ranks.leave()
+        sys.stdout.flush()
     except Refused as refusal:
         sys.exit(complain(stage, refusal))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())     # Python says the rest at its end
+        complain(stage, f"what read its output has ended; {go_on}")
+        sys.exit(141)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in OF_THE_MACHINE:
             raise
         sys.exit(complain(stage, f"{error.strerror}: {error.filename or 'writing a result'}; {go_on}"))
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
+    except (MemoryError, RuntimeError) as error:
+        of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not of_memory and "allocate memory" not in str(error):
+            raise
+        reason = str(error).partition("\n")[0] or "of this machine"
         sys.exit(complain(stage, f"out of memory ({reason}): try a smaller --batch-size or --image-size"))
     except KeyboardInterrupt:
         print(f"{stage}: interrupted; {go_on}", file=sys.stderr)
@@ -86,9 +100,7 @@ class Study:
             return {}
         made_by = f"python {Path(before).stem}.py {self.folder.name}"
         result = self.finetune_json if before == "finetune.json" else read_json(path, made_by)
-        rows = result.get("tasks", {})
-        require_keys(path, rows, ["source"], made_by)
-        return {name: row["source"] for name, row in rows.items()}
+        return {name: row["source"] for name, row in result.get("tasks", {}).items()}
 
     def default_sources(self, data):
         """The tasks an encoder's description names, else the paper's eight."""
@@ -133,8 +145,6 @@ class Study:
         if missing:
             words = f'run "{self.made_by} --tasks {",".join(self.sources)}" first'
             raise Refused(f"{path} lacks {', '.join(missing)}: {words}")
-        require_keys(path, rows, ["val", "test", "weights_sha256"], self.made_by)
-        require_keys(path, {"it": self.finetune_json}, ["recipe"], self.made_by)
         return self.finetune_json
 
     @property
@@ -160,16 +170,33 @@ class Study:
         """{way of probing: {task: SHA-256 of its head}}, for a result's inputs; the heads are not read."""
         found = {kind: {} for kind in common.PROBES}
         for kind, name in itertools.product(found, self.sources):
-            path, made_by = probe_file(self.folder, kind, name, self.encoder.name)
-            found[kind][name] = file_metadata(path, made_by)["sha256"]
+            found[kind][name] = self.probed_head(kind, name)
         return found
 
     def vectors(self, names=None):
         """{task: SHA-256 of its vector}, for a result's inputs; the vectors are not read."""
-        about = {name: vector_metadata(self.source, name, self.encoder) for name in names or self.sources}
+        fine_tuned = self.finetuned["tasks"]               # Refused where a task is not there
+        about = {name: vector_metadata(self.source, name, self.encoder)
+                 for name in names or self.sources if name in fine_tuned}
         return {name: metadata["sha256"] for name, metadata in about.items()}
 
+    def probed_head(self, kind, name):
+        """SHA-256 of a task's head from one way of probing; Refused where probe.json is of another."""
+        path = self.folder / "probe.json"
+        head, made_by = probe_file(self.folder, kind, name, self.encoder.name)
+        found = file_metadata(head, made_by)["sha256"]
+        rows = read_json(path, made_by)["tasks"] if path.exists() else {name: {"weights_sha256": [found]}}
+        if name not in rows or found not in rows[name]["weights_sha256"]:
+            raise Refused(f'{head} is not what {path} describes, as after an interrupted --overwrite: '
+                          f'run "{made_by}" again')
+        return found
+
     def load_head(self, task):
+        """The head of a task; Refused where its theta_t was trained and tested on other data than these."""
+        row, path = self.finetuned["tasks"][task.name], self.source / "finetune.json"
+        if row["data"] != task.fingerprint:
+            raise Refused(f"{path}: {task.name} was fine-tuned and tested on other data than there are now: "
+                          f'run "{self.made_by} --tasks {task.name} --overwrite" first')
         path, made_by = head_file(self.source, self.recipe, task.name, self.encoder.name)
         return common.load_head(path, made_by, task, self.encoder, self.device)
 
@@ -193,15 +220,26 @@ class Study:
               f"{'compiled' if compiled else 'eager'} ({why})", flush=True)
         return evaluator
 
+    def config(self, settings):
+        """A result's config: what every stage has in it, and the settings of its own."""
+        return {"encoder": self.encoder.name, "theta_pre": self.encoder.fingerprint,
+                "image_size": self.encoder.size, "seed": self.seed, **settings}
+
+    def refuse_other_settings(self, file, settings):
+        """As `result` does for what is protected, but before its inputs are read, decoded or drawn."""
+        path = self.here / file
+        if path.exists() and not self.overwrite:
+            beside = "--name NEW" if self.name else "another --runs"
+            there = read_json(path, "the same command")
+            refuse_other_settings(path, there, jsonable(self.config(settings)), beside)
+
     def result(self, file, settings, inputs=None, **more):
         """The Result (lib/results.py) in `file` under these settings.
 
         more    its key, files, weights, protected
         """
-        config = {"encoder": self.encoder.name, "theta_pre": self.encoder.fingerprint,
-                  "image_size": self.encoder.size, "seed": self.seed, **settings}
-        return Result(self.here / file, config, inputs or {}, self.script, self.device, self.overwrite,
-                      named=bool(self.name), **more)
+        return Result(self.here / file, self.config(settings), inputs or {}, self.script, self.device,
+                      self.overwrite, named=bool(self.name), **more)
 
 
 def open_study(args, script, before=None):
@@ -211,11 +249,3 @@ def open_study(args, script, before=None):
     before   the result whose tasks are the default, "probe.json" or "finetune.json"; None: the encoder's own
     """
     return Study(args, script, before)
-
-
-def require_keys(path, rows, keys, made_by):
-    """Refused where a row of a result lacks a key, as one edited by hand may."""
-    for name, row in rows.items():
-        for key in keys:
-            if key not in row:
-                raise Refused(f'{path}: {name} lacks {key}: delete the file and run "{made_by}" again')

@@ -18,6 +18,9 @@ def learning_rate(step, steps, peak):
 
 def batches(n, batch_size, steps, generator):
     """(steps, batch_size) int64 indices into a set of n: one random order of all after another, cut."""
+    if batch_size * steps > 2 ** 28:
+        raise Refused(f"{steps} steps of {batch_size} are {steps * batch_size:,} inputs, and the order of so "
+                      f"many is not kept in memory: give fewer steps or a smaller batch")
     orders = []
     for _ in range(-(-batch_size * steps // n)):
         orders.append(torch.randperm(n, device=generator.device, generator=generator))

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from conftest import RESULT, STAGES, TASKS, TIMM, image_folder, perform, refuse, snapshot, stage
 
+from lib import results
+
 ALL_TASKS = ["--tasks", ",".join(TASKS)]
 
 
@@ -245,10 +247,10 @@ def test_other_settings_of_what_is_trained_are_refused_by_name_and_overwrite_all
                                       "--name", "aligned")
     assert "steps 80 there, 5 asked" in refuse("pretrain", "tiny", "--runs", copy, "--pretrain-steps", "5")
     assert snapshot(copy) == before
-    before = snapshot(copy / "tiny")                       # another seed draws other pictures first
-    words = ["--tasks", "textures", "--probe-steps", "300", "--seed", "1"]
-    assert "seed 0 there, 1 asked" in refuse("probe", "tiny", "--runs", copy, *words)
-    assert snapshot(copy / "tiny") == before
+    for name in ("probe", "finetune"):                     # before another seed draws other pictures
+        words = ["--tasks", "textures", *STAGES[name], "--seed", "1"]
+        assert "seed 0 there, 1 asked" in refuse(name, "tiny", "--runs", copy, *words)
+    assert snapshot(copy) == before
     perform("probe", "tiny", "--runs", copy, "--tasks", "glyphs", "--probe-steps", "10", "--overwrite")
     assert json.loads((copy / "tiny/probe.json").read_text())["config"]["steps"] == 10
 
@@ -265,10 +267,102 @@ def test_a_vector_or_an_encoder_trained_against_another_head_is_refused(copy):
 
 
 def test_a_vector_of_an_earlier_fine_tuning_is_refused(copy):
-    words = ["--tasks", "glyphs", "--steps", "2", "--lr", "1e-3", "--overwrite"]
+    words = [*ALL_TASKS, "--steps", "2", "--lr", "1e-3", "--overwrite"]
     perform("finetune", "tiny", "--runs", copy, *words)
     said = refuse("disentangle", "tiny", "--runs", copy, *ALL_TASKS, "--overwrite", *STAGES["disentangle"])
     assert "make_vectors.py" in said
+
+
+# --------------------------------------------------------------------------------------- made of other things
+
+
+def stopped_before_the_json(monkeypatch, of, name, *words):
+    """A stage, killed when its files are there and its JSON `of` is about to be written."""
+    write = results.write_json
+
+    def stopping(path, values):
+        if path.name == of and path.parent.name != "state" and "made_of" in str(values):     # not a search
+            raise KeyboardInterrupt
+        write(path, values)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(results, "write_json", stopping)
+        perform(name, *words)
+
+
+@pytest.mark.parametrize("name, of, words, reader, more, said", [
+    ("probe", "probe.json", ["--probe-steps", "3", "--probe-lr", "0.01"],
+     "finetune", ["--name", "new"], "glyphs.safetensors is not what"),
+    ("finetune", "finetune.json", ["--steps", "1", "--batch-size", "8", "--lr", "1e-3"],
+     "make_vectors", [], "glyphs.safetensors is not what finetune.json describes"),
+])
+def test_a_row_is_not_believed_for_weights_that_a_stopped_overwrite_has_written(
+        copy, monkeypatch, name, of, words, reader, more, said):
+    shared = ["tiny", "--runs", copy, *ALL_TASKS]
+    stopped_before_the_json(monkeypatch, of, name, *shared, *words, "--overwrite")
+    before = snapshot(copy / "tiny/aligned")
+    assert said in refuse(reader, *shared, *STAGES[reader], *more)
+    assert snapshot(copy / "tiny/aligned") == before
+    config = json.loads((copy / RESULT[name]).read_text())["config"]
+    perform(name, *shared, *(words if config["steps"] < 20 else STAGES[name]))             # makes it again
+    perform(reader, *shared, *STAGES[reader], *more)
+
+
+@pytest.mark.parametrize("name, words, made", [
+    ("merge_eval", ["--lambdas", "3"], ["merge.json", "merge.png", "merged.safetensors"]),
+    ("disentangle", ["--points", "3", "--samples", "20"],
+     ["disentangle.json", "disentangle/glyphs-signs.npz", "disentangle/glyphs-signs.png"]),
+])
+def test_an_analysis_is_not_believed_for_files_that_a_stopped_overwrite_has_written(copy, monkeypatch, name,
+                                                                                    words, made):
+    folder, shared = copy / "tiny/aligned", ["tiny", "--runs", copy, *ALL_TASKS]
+    arrays = [folder / file for file in made if not file.endswith(".json")]
+    before = [path.read_bytes() for path in arrays]
+    stopped_before_the_json(monkeypatch, made[0], name, *shared, *words, "--overwrite")
+    assert [path.read_bytes() for path in arrays] != before
+    perform(name, *shared, *STAGES[name])
+    assert [path.read_bytes() for path in arrays if path.suffix != ".png"] == \
+        [content for path, content in zip(arrays, before, strict=True) if path.suffix != ".png"]
+
+
+def test_other_test_images_are_noticed_by_every_stage_and_said_in_the_report(copy, tmp_path, capsys):
+    """Only one image of test/ of one task changes; what does not meet it stays."""
+    folders = [image_folder(tmp_path / name, n_train=30) for name in ("pets", "cars2")]
+    tasks = ["--tasks", f"pets={folders[0]},cars2={folders[1]}"]
+    shared, named = ["tiny", "--runs", copy], ["--name", "pictures"]
+    analyses = {"merge_eval": ["--lambdas", "2"], "posthoc": ["--images-per-task", "9"],
+                "subsets": ["--lambdas", "2", "--images-per-task", "9"],
+                "disentangle": ["--points", "3", "--samples", "9"]}
+
+    def redo(*overwrite):
+        perform("probe", *shared, *tasks, *STAGES["probe"], *overwrite)
+        perform("finetune", *shared, *tasks, *named, "--steps", "2", "--batch-size", "8", "--lr", "1e-3",
+                *overwrite)
+
+    redo()
+    perform("make_vectors", *shared, *named)
+    for name, words in analyses.items():
+        perform(name, *shared, *named, *words)
+    [picture, *_] = sorted((folders[0] / "test").rglob("*.png"))
+    shutil.copy(sorted((folders[0] / "train").rglob("*.png"))[0], picture)
+    assert "pets was made of other inputs (data " in refuse("probe", *shared, *tasks, *STAGES["probe"])
+    perform("probe", *shared, *tasks, *STAGES["probe"], "--overwrite")
+    for name, words in analyses.items():
+        assert "pets was fine-tuned and tested on other data" in refuse(name, *shared, *named, *words), name
+    capsys.readouterr()
+    perform("report", "--runs", copy)
+    said = capsys.readouterr().out
+    stale = [line for line in said.splitlines() if line.startswith(f"| {copy}/tiny/pictures/")]
+    for file in ("finetune", "merge", "posthoc", "scaling", "disentangle"):
+        assert any(f"/{file}.json | pets | python" in line for line in stale), file
+    redo("--overwrite")
+    perform("make_vectors", *shared, *named)
+    capsys.readouterr()
+    for name, words in analyses.items():
+        perform(name, *shared, *named, *words)
+        assert "nothing to do" not in capsys.readouterr().out, name
+    perform("report", "--runs", copy)
+    assert f"| {copy}/tiny/pictures/" not in capsys.readouterr().out
 
 
 def test_disentangle_refuses_odd_requests(study):

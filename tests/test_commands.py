@@ -106,16 +106,21 @@ SECOND_PAPER = ["attention", "attention-bias", "attention-mlp", "attention-mlp-b
 @pytest.mark.parametrize("flag, names", [("--everything", ["aligned", "full"]),
                                          ("--attention", ["aligned", *SECOND_PAPER])])
 def test_the_commands_of_run_all_are_not_refused(left, tmp_path, flag, names):
-    """run_all.sh with a python that writes down what it is asked; each of that is then run here, small."""
+    """run_all.sh from another folder, with a python that writes down there what it is asked.
+
+    Each of that is then run here, small.
+    """
     log, fake = tmp_path / "asked", tmp_path / "python"
     fake.write_text(f"""#!/bin/sh
 [ "$1" = - ] && exit 0
 [ "$1" = -c ] && exec {sys.executable} "$@"
-echo "$@" >> {log}
+file=${{1##*/}}
+shift
+echo "$file" "$@" >> asked
 """)
     fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    finished = stage("bash", "run_all.sh", "tiny", flag, env=environment)
+    finished = stage("bash", ROOT / "run_all.sh", "tiny", flag, env=environment, cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     asked = [line.replace(".py", "", 1) for line in log.read_text().splitlines()]
     assert [line.split()[3] for line in asked if line.startswith("finetune")] == names

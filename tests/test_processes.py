@@ -1,11 +1,13 @@
 """Several processes share the work with the results of one; killed processes lose nothing."""
 import errno
 import fcntl
+import itertools
 import json
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import common
 import pytest
@@ -15,6 +17,7 @@ from conftest import ROOT, STAGES, TASKS, as_a_process, perform, stage
 from soak import numbers
 
 from lib import results
+from lib.files import Refused
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ALL_TASKS = ["--tasks", ",".join(TASKS)]
@@ -67,9 +70,9 @@ def rows_job(path, rows, seed=0, overwrite=False, protected=True):
                           overwrite, key="tasks", protected=protected)
 
 
-def make_row(result, row):
+def make_row(result, row, test=0.5):
     with result.saving(row):
-        result.rows[row] = {"test": 0.5}
+        result.rows[row] = {"test": test}
 
 
 def rows_in(path):
@@ -101,6 +104,99 @@ def test_rows_of_other_settings_that_another_job_wrote_meanwhile_are_set_aside_b
     assert rows_in(path) == {"cars"}
     [kept] = (tmp_path / "earlier").rglob("finetune.json")
     assert kept.read_bytes() == before
+
+
+def test_overwriting_some_rows_keeps_the_others_of_the_same_settings_and_code_also_in_two_jobs(tmp_path):
+    path, states = tmp_path / "finetune.json", tmp_path / "state"
+    with as_a_process():
+        old = rows_job(path, ["cars", "dtd", "mnist"])
+        old.values |= {"lr": 0.1, "search": {"task": "cars"}}
+        for row in ("cars", "dtd", "mnist"):
+            make_row(old, row, 0.1)
+    with as_a_process():
+        live = rows_job(path, ["svhn"])
+        alive = live.training_state("svhn", "0" * 10)
+        alive.write_bytes(b"a state")
+        mine, theirs = (rows_job(path, [row], overwrite=True) for row in ("cars", "dtd"))
+        make_row(mine, "cars", 0.2)
+        make_row(theirs, "dtd", 0.3)
+        assert alive.exists() and states.exists()
+        make_row(live, "svhn", 0.4)
+    result = json.loads(path.read_text())
+    assert {row: values["test"] for row, values in result["tasks"].items()} == \
+        {"cars": 0.2, "dtd": 0.3, "mnist": 0.1, "svhn": 0.4}
+    assert (result["lr"], result["search"]) == (0.1, {"task": "cars"})
+    with as_a_process():
+        make_row(rows_job(path, ["cars", "dtd", "mnist", "svhn"], overwrite=True), "cars", 0.5)
+    assert rows_in(path) == {"cars"} and "lr" not in json.loads(path.read_text())
+
+
+def test_two_jobs_of_other_settings_that_begin_at_once_do_not_drop_each_others_rows(tmp_path):
+    path = tmp_path / "finetune.json"
+    with as_a_process():
+        mine, theirs = rows_job(path, ["cars"]), rows_job(path, ["dtd"], seed=1)
+        make_row(theirs, "dtd")
+        before = path.read_bytes()
+        with pytest.raises(Refused, match="finetune.json holds a result of other settings.*seed 1 there"):
+            make_row(mine, "cars")
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_search_is_done_once_and_waited_for(tmp_path, overwrite):
+    path = tmp_path / "finetune.json"
+    if overwrite:
+        with as_a_process():
+            old = rows_job(path, ["cars", "dtd"])
+            assert old.search_begins()
+            old.values |= {"lr": 9.0, "search": {"task": "cars", "seconds": 9}}
+            old.search_ends()
+            make_row(old, "cars")
+    with as_a_process(), ThreadPoolExecutor() as pool:
+        mine, theirs = (rows_job(path, rows, overwrite=overwrite) for rows in (["cars"], ["dtd"]))
+        assert mine.search_begins()                        # has not taken what --overwrite replaces
+        waiting = pool.submit(theirs.search_begins)
+        time.sleep(0.2)
+        assert not waiting.done()
+        mine.values |= {"lr": 0.1, "search": {"task": "cars", "seconds": 1}}
+        mine.search_ends()
+        assert waiting.result() is False and theirs.values["lr"] == 0.1
+        make_row(mine, "cars", 0.2)
+        make_row(theirs, "dtd", 0.3)
+    result = json.loads(path.read_text())
+    assert result["lr"] == 0.1 and {row: values["test"] for row, values in result["tasks"].items()} == \
+        {"cars": 0.2, "dtd": 0.3}
+
+
+def test_a_search_whose_process_was_killed_is_begun_anew_on_another_task(copy, monkeypatch):
+    """Not gone on with: its accuracies are another task's."""
+    import finetune
+    monkeypatch.setattr(finetune, "LEARNING_RATES", [1e-3, 1e-2])
+    words = ["finetune", "tiny", "--runs", copy, "--recipe", "full", "--steps", "2", "--batch-size", "8"]
+    with monkeypatch.context() as stopping:
+        stopping.setattr(finetune, "evaluate", evaluate_until(finetune.evaluate, 2))
+        with pytest.raises(KeyboardInterrupt):
+            perform(*words, "--tasks", "signs")
+    path = copy / "tiny/full/finetune.json"
+    assert json.loads(path.read_text())["search"]["val"].keys() == {"0.001"}
+    perform(*words, "--tasks", "glyphs")
+    result = json.loads(path.read_text())
+    assert result["search"]["task"] == "glyphs" and set(result["search"]["val"]) == {"0.001", "0.01"}
+    assert result["tasks"]["glyphs"]["lr"] == result["lr"]
+    perform(*words, "--tasks", "signs")                    # takes what was found meanwhile
+    after = json.loads(path.read_text())
+    assert after["search"] == result["search"] and after["tasks"]["signs"]["lr"] == result["lr"]
+
+
+def evaluate_until(evaluate, stop):
+    """A function that is interrupted at its n-th call."""
+    calls = itertools.count(1)
+
+    def call(*given):
+        if next(calls) == stop:
+            raise KeyboardInterrupt
+        return evaluate(*given)
+    return call
 
 
 def test_jobs_claim_rows_in_one_order_so_that_no_two_wait_for_each_other(tmp_path, monkeypatch):

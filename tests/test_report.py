@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import perform
+from conftest import perform, refuse
 
 from lib import files
 
@@ -79,6 +79,8 @@ def test_the_report_over_seeds_gives_mean_and_deviation(both, tmp_path):
     merge["test"]["absolute"] += 0.02
     files.write_json(other / "merge.json", merge)
     half = Path(shutil.copytree(both, tmp_path / "runs"))
-    perform("report", "--runs", half, "--seeds", tmp_path / "seed1", tmp_path / "nothing")
+    perform("report", "--runs", half, "--seeds", tmp_path / "seed1")
     assert "| tiny | aligned | 2 |" in (text := (half / "report/report.md").read_text())
     assert f"{100 * (first + 0.01):.1f} +- {100 * 0.02 / 2 ** 0.5:.1f}" in text
+    said = refuse("report", "--runs", half, "--seeds", tmp_path / "seed1", tmp_path / "nothing")
+    assert f"{tmp_path / 'nothing'} is not a folder" in said

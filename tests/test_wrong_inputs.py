@@ -1,10 +1,12 @@
 """Wrong input in bulk: each ends in exit code 2 and one line, or is handled as the README says."""
+import contextlib
 import errno
 import importlib
 import io
 import itertools
 import json
 import os
+import resource
 import shutil
 import struct
 import sys
@@ -30,7 +32,9 @@ ALL_TASKS = ["--tasks", ",".join(TASKS)]
 # --------------------------------------------------------------------------------------- arguments
 
 WRONG = {  # {stage: {flag: values it does not take}}
-    "finetune": {"--steps": ["0", "-1", "x", "1.5"], "--batch-size": ["0", "x"], "--seed": ["-1", "1.5", "x"],
+    "finetune": {"--steps": ["0", "-1", "x", "1.5", str(10 ** 12), "9" * 5000], "--batch-size": ["0", "x"],
+                 "--seed": ["-1", "1.5", "x", str(10 ** 19), "9" * 5000],
+                 "--runs": ["", __file__], "--data": ["", __file__],
                  "--lr": ["0", "-1", "nan", "inf", "x"], "--save-minutes": ["0", "-2", "x"],
                  "--image-size": ["0", "x"], "--dtype": ["fp8", "bfloat16"], "--compile": ["yes"],
                  "--recipe": ["Aligned", "attention-full"],
@@ -46,7 +50,8 @@ WRONG = {  # {stage: {flag: values it does not take}}
     "posthoc": {"--images-per-task": ["0"]}, "precision": {"--images-per-task": ["x"]},
     "pretrain": {"--pretrain-steps": ["0"]},
 }
-ARGUMENTS = [("report", ["--encoder"]), ("report", ["tiny"]), ("bench", ["--repeats", "0"]), ("pretrain", []),
+ARGUMENTS = [("report", ["--runs="]), ("report", ["--runs", __file__]), ("report", ["--seeds", __file__]),
+             ("report", ["--encoder"]), ("report", ["tiny"]), ("bench", ["--repeats", "0"]), ("pretrain", []),
              ("make_vectors", ["tiny", "extra"]), ("finetune", ["tiny", "--step", "5", "--lrr", "1"]),
              ("merge_eval", ["tiny", "--subsets", "5"]), ("merge_eval", ["tiny", "--recipe", "full"])]
 for stage_name, flags in WRONG.items():
@@ -63,7 +68,7 @@ def test_arguments(name, words, capsys):
 
 
 NAMES = ["../x", "..", ".", "/etc", "a/b", "a b", "", ",", "glyphs,", "glyphs,,signs", "-x", ".hidden", "x=",
-         "glyphs=~/no/such", "é"]
+         "glyphs=~/no/such", "glyphs=~nosuchuser", "glyphs=~nosuchuser/x", "é"]
 
 
 @pytest.mark.parametrize("tasks", NAMES)
@@ -86,6 +91,24 @@ def test_flags_that_do_not_fit_the_machine_or_the_runs(study, words):
     before = snapshot(study)
     refuse("probe", "tiny", "--runs", study, "--tasks", "glyphs", *STAGES["probe"], *words)
     assert snapshot(study) == before
+
+
+@pytest.mark.parametrize("name, words", [
+    ("merge_eval", ["--lambda-max", "1e-12"]), ("merge_eval", ["--lambda-max", "1e308"]),
+    ("merge_eval", ["--lambda-max", "1e-9"]), ("subsets", ["--lambda-max", "1e-12"]),
+    ("disentangle", ["--limit", "1e308"]), ("disentangle", ["--limit", "1e-11"]),
+])
+def test_a_grid_that_rounding_or_overflow_spoils_is_refused(study, name, words):
+    before = snapshot(study)
+    said = refuse(name, "tiny", "--runs", study, *words)
+    assert f"{words[0]} {float(words[1]):g} is no end of a grid" in said
+    assert snapshot(study) == before
+
+
+def test_more_steps_than_fit_in_memory_are_refused():
+    from lib import files, training
+    with pytest.raises(files.Refused, match="1000000000 steps of 64 are 64,000,000,000 inputs"):
+        training.batches(100, 64, 10 ** 9, torch.Generator())
 
 
 @pytest.mark.parametrize("words, said", [
@@ -514,7 +537,8 @@ def test_no_flipped_bit_in_a_result_changes_a_value_silently(study, tmp_path, ca
     assert outcomes["refused"] > 50 and outcomes["warned"] > 50, outcomes
 
 
-JSON_DAMAGE = {"not JSON": b"{", "a list": b"[]", "a number": b"3", "nothing": b"", "no config": b"{}",
+JSON_DAMAGE = {"deep": b'{"config":' * 10 ** 5 + b"1" + b"}" * 10 ** 5, "deep lists": b"[" * 10 ** 5,
+               "not JSON": b"{", "a list": b"[]", "a number": b"3", "nothing": b"", "no config": b"{}",
                "bytes": b"\xff\xfe", "other keys": b'{"config": {}, "command": ""}',
                "other kinds": b'{"config": {}, "command": 3, "machine": {}}'}
 
@@ -526,6 +550,89 @@ def test_what_is_no_result_is_refused(copy, damage):
     before = snapshot(copy)
     assert "finetune.json" in refuse("merge_eval", "tiny", "--runs", copy, *ALL_TASKS)
     assert snapshot(copy) == before
+
+
+@pytest.mark.parametrize("file, where", [
+    ("merge.json", ["gain"]), ("merge.json", ["test", "n"]), ("merge.json", ["test", "tasks", "signs"]),
+    ("finetune.json", ["cost"]), ("finetune.json", ["tasks", "signs", "seconds"]), ("finetune.json", ["lr"]),
+    ("vectors.json", ["tasks"]), ("disentangle.json", ["pairs", "glyphs-signs", "max_xi"]),
+    ("../probe.json", ["search"]), ("../probe.json", ["tasks", "signs", "data"]),
+], ids=str)
+def test_the_report_names_the_file_that_lacks_a_key(copy, file, where):
+    path = copy / "tiny/aligned" / file
+    values = json.loads(path.read_text())
+    inner = values
+    for key in where[:-1]:
+        inner = inner[key]
+    del inner[where[-1]]
+    path.write_text(json.dumps(values))
+    said = refuse("report", "--runs", copy)
+    assert path.name in said and f"lacks {where[-1]}" in said
+    assert "--overwrite" in said and "delete" not in said
+
+
+def as_an_older_version_wrote(path):
+    """A result without what rows remember of code, inputs and weights."""
+    values = json.loads(path.read_text())
+    values.pop("code")
+    for row in values["tasks"].values():
+        for key in ("version", "made_of", "weights_sha256"):
+            row.pop(key, None)
+    path.write_text(json.dumps(values))
+
+
+def test_results_of_an_older_version_are_called_that_and_never_to_be_deleted(copy):
+    shared = ["tiny", "--runs", copy, *ALL_TASKS]
+    for file, name in (("tiny/aligned/finetune.json", "finetune"), ("tiny/probe.json", "probe")):
+        as_an_older_version_wrote(copy / file)
+        said = refuse(name, *shared, *STAGES[name])
+        assert f"{copy / file} was made by an older version of this study" in said
+        assert "--overwrite" in said and "delete" not in said
+    for name, words in (("finetune", ["--name", "new", *STAGES["finetune"]]),
+                        ("merge_eval", ["--lambdas", "2"]), ("make_vectors", ["--overwrite"])):
+        said = refuse(name, *shared, *words)
+        assert "lacks weights_sha256" in said and "--overwrite" in said and "delete" not in said
+    save_file({"weight": torch.zeros(3)}, copy / "tiny/aligned/vectors/glyphs.safetensors")
+    with pytest.raises(files.Refused, match="was not written by this version of the study: move it away"):
+        files.file_metadata(copy / "tiny/aligned/vectors/glyphs.safetensors", "python make_vectors.py tiny")
+
+
+@contextlib.contextmanager
+def no_descriptors():
+    """While this process can open no more files."""
+    limits, held = resource.getrlimit(resource.RLIMIT_NOFILE), []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, limits[1]))
+        with pytest.raises(OSError, match="Too many open files"):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        yield
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_what_cannot_be_opened_is_not_called_damaged(study):
+    [images] = (study / "inputs").glob("glyphs-*")
+    for read in (lambda: files.load_tensors(study / "tiny/heads/paper/glyphs.safetensors", "probe.py"),
+                 lambda: files.read_json(study / "tiny/probe.json", "probe.py"),
+                 lambda: store.read_about(images), lambda: store.read_arrays(images)):
+        with no_descriptors(), pytest.raises(OSError) as error:
+            read()
+        assert error.value.errno == errno.EMFILE
+
+
+def test_others_may_read_what_the_umask_lets_them(study, tmp_path):
+    umask = os.umask(0o027)
+    try:
+        files.save_tensors(tmp_path / "own.safetensors", {"weight": torch.zeros(3)})
+        files.write_json(tmp_path / "own.json", {})
+        assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
+    finally:
+        os.umask(umask)
+    written = [path for path in study.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert {path.stat().st_mode & 0o777 for path in written} == {0o666 & ~umask}
 
 
 def test_a_result_edited_by_hand_is_used_with_a_warning(copy, capsys):
@@ -605,7 +712,7 @@ def test_checkpoints(tmp_path):
 # --------------------------------------------------------------------------------------- disks
 
 
-@pytest.mark.parametrize("call", range(1, 13, 2))
+@pytest.mark.parametrize("call", range(1, 13, 4))
 def test_a_full_disk_at_any_write_ends_in_one_line_and_the_next_run_finishes(copy, monkeypatch, capsys, call):
     """ENOSPC at the n-th flush to disk of finetune, make_vectors and merge_eval, run from the heads on."""
     shutil.rmtree(copy / "tiny/aligned")
@@ -634,6 +741,87 @@ def test_a_full_disk_at_any_write_ends_in_one_line_and_the_next_run_finishes(cop
     monkeypatch.setattr(os, "fsync", flush)
     run_stages()
     assert "test" in files.read_json(copy / "tiny/aligned/merge.json", "")
+
+
+def run_stage(monkeypatch, name, *words):
+    """A stage as its command line runs it, in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
+    module = importlib.import_module(name)
+    try:
+        with as_a_process():
+            study_module.run(module.main, module.parse_args)
+    except SystemExit as left:
+        return left.code
+    return 0
+
+
+@pytest.mark.parametrize("name, made, too_large", [
+    ("probe", ["inputs", "tiny/probe.json"], "inputs/glyphs-*/train_inputs.npy"),
+    ("probe", ["inputs", "tiny/probe.json"], "inputs/glyphs-*/train_labels.npy"),
+    ("finetune", ["tiny/aligned"], "tiny/aligned/finetuned/glyphs.safetensors"),
+    ("make_vectors", ["tiny/aligned/vectors.json"], "tiny/aligned/overlap.png"),
+    ("disentangle", ["tiny/aligned/disentangle.json"], "tiny/aligned/disentangle/glyphs-signs.npz"),
+    ("report", [], "report/report.html"),
+])
+def test_a_file_that_does_not_fit_ends_in_one_line(copy, monkeypatch, capfd, name, made, too_large):
+    """In a child that may write no larger file: as on a full disk, but for the error's number."""
+    [path] = copy.glob(too_large)
+    limit = path.stat().st_size - 1
+    for file in map(copy.joinpath, made):
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+    words = ["tiny", *ALL_TASKS, *STAGES[name]] if name in STAGES else []
+    capfd.readouterr()
+    child = os.fork()
+    if child == 0:
+        code = "a traceback"
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            code = run_stage(monkeypatch, name, *words, "--runs", copy)
+        finally:
+            os._exit(code if isinstance(code, int) else 1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    said = capfd.readouterr().err
+    assert status == 2 and said.count("\n") == 1 and "File too large" in said, said
+    assert not list(copy.rglob("*.tmp"))
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="no posix_fallocate here")
+def test_the_blocks_of_a_mapped_array_are_on_the_disk_before_anything_is_written_to_it(tmp_path):
+    files.new_array(tmp_path / "new.npy", (1000, 1000), np.uint8)
+    assert 512 * (tmp_path / "new.npy").stat().st_blocks >= 10 ** 6
+    files.save_array(tmp_path / "saved.npy", np.arange(12.0).reshape(3, 4))
+    assert (np.load(tmp_path / "saved.npy") == np.arange(12.0).reshape(3, 4)).all()
+
+
+def raising(error):
+    def main(args):
+        raise error
+    return main
+
+
+@pytest.mark.parametrize("main, code, said", [
+    (lambda args: torch.empty(2 ** 50), 2, "out of memory"),
+    (lambda args: np.empty(2 ** 50), 2, "out of memory"),
+    (raising(MemoryError()), 2, "out of memory"),
+    (raising(OSError(errno.EMFILE, "Too many open files", "x.json")), 2, "Too many open files: x.json"),
+    (lambda args: print("said", flush=True), 141, "what read its output has ended"),
+    (lambda args: print("said"), 141, "what read its output has ended"),
+])
+def test_no_memory_no_file_or_no_reader_is_one_line(monkeypatch, capsys, main, code, said):
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(write, "w"))
+    with pytest.raises(SystemExit) as left:
+        study_module.run(main, lambda: None)
+    sys.stdout.close()
+    found = capsys.readouterr().err
+    assert left.value.code == code and found.count("\n") == 1 and said in found
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), FileNotFoundError(errno.ENOENT, "gone", "x")])
+def test_a_bug_keeps_its_traceback(error):
+    with pytest.raises(type(error)):
+        study_module.run(raising(error), lambda: None)
 
 
 def test_what_does_not_fit_is_refused_before_it_starts(copy, monkeypatch):
