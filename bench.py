@@ -33,7 +33,7 @@ from lib import devices, encoders, flags, linearized
 from lib.files import Refused, fingerprint, read_json, write_json
 from lib.results import provenance
 from lib.study import run
-from lib.vectors import add_up, load_vector, save_vector
+from lib.vectors import add_up, head_file, load_vector, save_vector
 
 TRAINED = ["aligned", "attention", "linearized"]            # the recipes whose training is timed
 CLASSES = list(range(10))                                   # of a random task
@@ -370,12 +370,12 @@ def part_peak(part, encoder, machine, train_batch):
 def write_vectors(variant, names, encoder):
     """A head and a task vector for each name, as probe.py and make_vectors.py write them."""
     head = a_head(encoder, torch.device("cpu"))
-    recipe = {"name": "aligned", **finetune.RECIPES["aligned"]._asdict()}
+    recipe = {"name": "aligned", **finetune.RECIPES["aligned"]._asdict(), "probe": "paper"}
     about = {"theta_pre": encoder.fingerprint, "recipe": recipe, "data": "", "sha256": "",
              "head": fingerprint(head_tensors(head))}
     for name in names:
         task = Task(name, {}, CLASSES, "", "")
-        save_head(variant.parent / "heads" / f"{name}.safetensors", head, task, encoder)
+        save_head(head_file(variant, recipe, name, encoder.name)[0], head, task, encoder)
         [vector] = random_vectors(encoder, 1)
         save_vector(variant, vector, about | {"task": name})
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from lib.devices import make_room
-from lib.files import Refused
+from lib.files import Refused, new_array
 from lib.progress import progress
 
 # --------------------------------------------------------------------------------------- decoding, once
@@ -103,7 +103,7 @@ def decode_split(name, split, cells, native, side, path):
         return np.asarray(image).transpose(2, 0, 1)
 
     shape = (len(cells), 3, target, target)
-    pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    pixels = new_array(path, shape, np.uint8)
     with ThreadPoolExecutor() as pool, progress(len(cells), f"decode {name} {split}", "img") as bar:
         for start in range(0, len(cells), 512):
             block = cells[start:start + 512]

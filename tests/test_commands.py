@@ -1,5 +1,6 @@
 """Every printed command runs in a folder left by the study, in any order, and nothing of it is lost."""
 import hashlib
+import json
 import os
 import random
 import re
@@ -64,6 +65,9 @@ def left(study, tmp_path_factory):
     torch.manual_seed(0)
     torch.save(timm.create_model("vit_tiny_patch16_224").state_dict(), folder / "weights.pth")
     image_folder(folder / "data/pets", n_train=40, n_test=20)
+    left_out = shutil.ignore_patterns("inputs", "features", "*.safetensors")
+    for name in ("runs-seed1", "runs-seed2"):              # for report.py --seeds
+        shutil.copytree(study, folder / name, ignore=left_out)
     return runs
 
 
@@ -88,9 +92,18 @@ def as_run(command, runs):
 
 
 def contents(folder):
-    """The SHA-256 of every result, picture and array."""
-    files = [path for path in folder.rglob("*") if path.suffix in (".json", ".png", ".npz", ".safetensors")]
-    return {hashlib.sha256(path.read_bytes()).hexdigest() for path in files if "state" not in path.parts}
+    """The SHA-256 of every picture, array and result, of results that gain rows that of each row."""
+    found = set()
+    for path in folder.rglob("*"):
+        if path.suffix in (".json", ".png", ".npz", ".safetensors") and "state" not in path.parts:
+            parts = [path.read_bytes()]
+            if path.suffix == ".json":
+                result = json.loads(parts[0])
+                rows = next((result[key] for key in ("pairs", "subsets", "tasks") if key in result), None)
+                if isinstance(rows, dict):
+                    parts = [json.dumps([name, row]).encode() for name, row in rows.items()]
+            found |= {hashlib.sha256(part).hexdigest() for part in parts}
+    return found
 
 
 @pytest.mark.parametrize("command", random.Random(0).sample(COMMANDS, len(COMMANDS)))

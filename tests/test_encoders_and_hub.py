@@ -237,7 +237,7 @@ def test_probe_runs_from_a_hub_under_the_real_names(tmp_path):
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert ("GET", f"/timm/{TIMM_NAME}/resolve/main/model.safetensors", 200) in seen
     row = json.loads((runs / f"timm_{TIMM_NAME}/probe.json").read_text())["tasks"]["dtd"]
-    assert (row["n_val"], row["n_test"], row["classes"]) == (376, 1880, 47)
+    assert (row["paper"]["n_val"], row["converged"]["n_test"], row["classes"]) == (376, 1880, 47)
     theta_pre, written = load_encoder(TIMM, runs).module.state_dict(), model.state_dict()
     assert all(torch.equal(theta_pre[key], written[key]) for key in theta_pre if key != "pos_embed")
 

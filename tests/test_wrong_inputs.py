@@ -553,7 +553,7 @@ def test_what_is_no_result_is_refused(copy, damage):
 
 
 @pytest.mark.parametrize("file, where", [
-    ("merge.json", ["gain"]), ("merge.json", ["test", "n"]), ("merge.json", ["test", "tasks", "signs"]),
+    ("merge.json", ["probing"]), ("merge.json", ["test", "n"]), ("merge.json", ["test", "tasks", "signs"]),
     ("finetune.json", ["cost"]), ("finetune.json", ["tasks", "signs", "seconds"]), ("finetune.json", ["lr"]),
     ("vectors.json", ["tasks"]), ("disentangle.json", ["pairs", "glyphs-signs", "max_xi"]),
     ("../probe.json", ["search"]), ("../probe.json", ["tasks", "signs", "data"]),
