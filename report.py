@@ -16,18 +16,13 @@ import numpy as np
 
 from common import PROBES, TASKS
 from lib import flags, pages
-from lib.comparisons import (PUBLISHED, costs, out_of_step, percent, pictures_of_all, trains_everything,
+from lib.comparisons import (PUBLISHED, costs, percent, pictures_of_all, trains_everything,
                              which_parameters_train)
 from lib.devices import pick_device
 from lib.files import Refused, read_json, replacing, write_json
+from lib.inventory import find_results, not_there_yet, out_of_step, sources
 from lib.results import provenance
 from lib.study import run
-
-MADE_BY = {"finetune.json": "finetune.py", "vectors.json": "make_vectors.py", "merge.json": "merge_eval.py",
-           "disentangle.json": "disentangle.py", "scaling.json": "subsets.py"}
-MADE_ON_DEMAND = {"representation.json": "disentangle.py --metric representation",
-                  "posthoc.json": "posthoc.py", "precision.json": "precision.py"}
-
 
 def parse_args(argv=None):
     parser = flags.flag_parser(__doc__)
@@ -73,30 +68,6 @@ def main(args):
     for path in dict.fromkeys(content for kind, content in blocks if kind == "picture"):
         print(path)
     print(f"{out / 'report.md'}\n{out / 'report.html'}")
-
-
-def find_results(runs):
-    """({encoder: probe.json}, {(encoder, name): its results}) of everything in a runs folder."""
-    probes, variants = {}, {}
-    for path in sorted(runs.glob("*/probe.json")):
-        probe = read_json(path, "python probe.py ENCODER")
-        if not probe.get("tasks"):                         # stopped after its search
-            continue
-        encoder = probe["encoder"]
-        folders = sorted(folder for folder in path.parent.iterdir() if folder.is_dir())
-        probes[encoder] = probe
-        for folder in folders:
-            found = {}
-            for file, script in (MADE_BY | MADE_ON_DEMAND).items():
-                if (folder / file).exists():
-                    found[file] = read_json(folder / file, f"python {script} {encoder} --name {folder.name}")
-            if found:
-                configs = [result["config"] for result in found.values()]
-                recipe = next(config["recipe"] for config in configs if "recipe" in config)
-                variants[encoder, folder.name] = {
-                    "encoder": encoder, "name": folder.name, "folder": folder, "recipe": recipe,
-                    "label": f"{encoder}, {folder.name}", **found}
-    return probes, variants
 
 
 # --------------------------------------------------------------------------------------- the three questions
@@ -318,59 +289,6 @@ def section(variant, probe):
                 *sorted(folder.glob("representation/*.png")), folder / "vectors.png", folder / "overlap.png",
                 folder / "overlap_layers.png"]
     return blocks + [("picture", path) for path in pictures if path.exists()]
-
-
-def not_there_yet(runs, probes, variants):
-    """The commands that would make what is missing."""
-    rows = []
-    for encoder, probe in probes.items():
-        possible = [name for name in PUBLISHED["first paper"]
-                    if probe["text_tower"] or not name.startswith("zeroshot")]
-        tuned = [name for (other, name), v in variants.items() if other == encoder and "finetune.json" in v]
-        for name in dict.fromkeys([*possible, *tuned]):
-            variant = variants.get((encoder, name), {})
-            wanted = dict(MADE_BY)
-            if variant and not trains_everything(variant["recipe"]):
-                wanted |= {key: MADE_ON_DEMAND[key] for key in ("representation.json", "posthoc.json")}
-                if variant["recipe"]["linear"]:
-                    del wanted["posthoc.json"]
-            for file, script in wanted.items():
-                if file in variant and unfinished(file, variant[file], probe):
-                    rows.append({"encoder": encoder, "name": name,
-                                 "the command that makes it": variant[file]["command"]})
-                elif unfinished(file, variant.get(file), probe):
-                    stage, *words = script.split()
-                    where = "" if runs == Path("runs") else f" --runs {runs}"
-                    seed = f" --seed {probe['config']['seed']}" if probe["config"]["seed"] else ""
-                    more = "".join(f" {word}" for word in words)
-                    command = f"python {stage} {encoder}{where}{seed} --name {name}{more}"
-                    rows.append({"encoder": encoder, "name": name, "the command that makes it": command})
-    return [("h2", "Not there yet"), ("table", rows)] if rows else []
-
-
-def unfinished(file, result, probe):
-    """Whether a result is not there, or lacks tasks or subsets that its command would still add."""
-    if file == "finetune.json" and result:
-        return not set(probe["tasks"]) <= set(result["tasks"])
-    if file == "scaling.json" and result:
-        return max(len(row["tasks"]) for row in result["subsets"].values()) < len(result["config"]["tasks"])
-    return result is None
-
-
-def sources(runs, probes, variants):
-    """Where each number comes from."""
-    rows = []
-    for encoder, probe in probes.items():
-        own = [variant for (other, _), variant in variants.items() if other == encoder]
-        path = own[0]["folder"].parent / "probe.json" if own else "probe.json"
-        rows.append({"file": path, "command": probe["command"], "date": probe["machine"]["date"]})
-        for variant in own:
-            for file in MADE_BY | MADE_ON_DEMAND:
-                if file in variant:
-                    rows.append({"file": variant["folder"] / file, "command": variant[file]["command"],
-                                 "date": variant[file]["machine"]["date"]})
-    about = "Every number above stands in one of these files; the command is the last that wrote it."
-    return [("h2", "Where the numbers come from"), ("p", about), ("table", rows)]
 
 
 if __name__ == "__main__":

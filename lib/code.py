@@ -8,7 +8,8 @@ import hashlib
 # what stands between a stage and its numbers without making them; generated pictures have a fingerprint of
 # their own
 NO_NUMBERS = {"code.py", "devices.py", "drawing.py", "files.py", "flags.py", "generated.py", "hub.py",
-              "pages.py", "plots.py", "progress.py", "ranks.py", "results.py", "store.py", "study.py"}
+              "pages.py", "plots.py", "progress.py", "ranks.py", "reading.py", "results.py", "store.py",
+              "study.py"}
 
 
 def code_of(script):

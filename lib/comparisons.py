@@ -26,49 +26,6 @@ def trains_everything(recipe):
     return not recipe["trained"] and not recipe["linear"]
 
 
-# --------------------------------------------------------------------------------------- what goes together
-
-
-def out_of_step(probes, variants):
-    """A table of results that were made of other data, encoders or vectors than the results beside them."""
-    rows = []
-    for (encoder, name), variant in variants.items():
-        source = variants.get((encoder, variant.get("merge.json", {"of": name})["of"]), {})
-        now = {(task, "data"): row["data"] for task, row in probes[encoder]["tasks"].items()}
-        for task, row in source.get("finetune.json", {}).get("tasks", {}).items():
-            now |= {(task, "finetuned"): row["weights_sha256"][0], (task, "single_task"): row["test"]}
-        vectors = source.get("vectors.json", {"tasks": [], "weights_sha256": []})
-        for task, fingerprint in zip(vectors["tasks"], vectors["weights_sha256"], strict=True):
-            now[task, "vectors"] = fingerprint
-        for file, result in variant.items():
-            used = made_of(result) if file.endswith(".json") else {}
-            tasks = {task for (task, kind), value in used.items() if now.get((task, kind), value) != value}
-            if tasks:
-                rows.append({"file": variant["folder"] / file, "tasks": ", ".join(sorted(tasks)),
-                             "the command that makes it anew": result["command"]})
-    about = ("These results were made of other data, fine-tuned encoders or vectors of some tasks than the "
-             "results beside them: what stands below of both does not belong together.")
-    return [("h2", "Out of step"), ("p", about), ("table", rows)] if rows else []
-
-
-def made_of(result):
-    """{(task, "data", "vectors", "finetuned" or "single_task"): what a result was made of}."""
-    config, used = result["config"], {}
-    whole = {kind: config.get(kind, {}) for kind in ("data", "vectors", "finetuned")}
-    whole["single_task"] = config.get("single_task", {}).get("test", {})
-    for kind, values in whole.items():
-        used |= {(task, kind): value for task, value in values.items()}
-    for key in ("tasks", "pairs", "subsets"):
-        rows = result.get(key, {})
-        for name, row in rows.items() if isinstance(rows, dict) else ():
-            tasks, inputs = row.get("tasks", [name]), row.get("made_of", {})
-            for kind, values in inputs.items():
-                each = values if isinstance(values, list) else [values]
-                named = {"vector": "vectors"}.get(kind, kind)
-                used |= {(task, named): value for task, value in zip(tasks, each, strict=True)}
-    return used
-
-
 # --------------------------------------------------------------------------------------- pictures
 
 

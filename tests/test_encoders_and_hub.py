@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from stand_in_hub import client_environment, serve, write_data_set, write_timm_model
 
-from lib import encoders, linearized, store
+from lib import encoders, linearized, reading
 from lib.devices import forward_flops
 from lib.encoders import load_encoder
 from lib.files import Refused
@@ -262,10 +262,10 @@ def test_damaged_downloads_are_deleted_and_refused(tmp_path, monkeypatch):
 
 READ_DTD = """
 import common
-from lib import images, store, study
+from lib import images, reading, study
 
 def main(args):
-    encoded, _, _ = store.read_dataset("dtd", "tanganke/dtd", common.TASKS["dtd"], images.input_column)
+    encoded, _, _ = reading.read_dataset("dtd", "tanganke/dtd", common.TASKS["dtd"], images.input_column)
     print(len(encoded["test"]), "images")
 
 study.run(main, dict)
@@ -349,11 +349,11 @@ def test_a_folder_named_like_a_loader_of_datasets_is_that_folder(tmp_path, monke
     image_folder(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     [source] = common.task_sources(f"pets={name}").values()
-    assert store.fetch("pets", source, None)["test"].num_rows == 10
+    assert reading.fetch("pets", source, None)["test"].num_rows == 10
     (tmp_path / name).rename(tmp_path / "other")            # the loader would now read what is in this folder
     [source] = common.task_sources(f"pets={name}").values()
     with pytest.raises(Refused, match=f"{name} is no folder here"):
-        store.fetch("pets", source, None)
+        reading.fetch("pets", source, None)
 
 
 def test_an_image_folder_and_a_parquet_folder_of_the_same_pictures_are_the_same_task(study, tmp_path):
