@@ -261,6 +261,17 @@ class Evaluator:
         self.forward = compile_module(self.module) if compile else self.module
         self.batch_size = min(ranks.gather(evaluation_batch(self.module, encoder, device, dtype)))
 
+    def compile_now(self):
+        """Compile on a batch of zeros; where that fails the forward pass is eager, and this returns why."""
+        example = self.as_dtype(self.encoder.example(self.batch_size))
+        try:
+            with torch.inference_mode():
+                self.forward(example.to(self.device))
+        except torch._dynamo.exc.TorchDynamoException as error:    # no working compiler, no cache folder
+            self.forward = self.module
+            return f"compiling failed: {str(error).splitlines()[0]}"
+        return ""
+
     def use_vectors(self, vectors):
         """Set the task vectors, a list of {name: tensor}; what a vector lacks stays as in theta_pre."""
         self.vectors = []

@@ -147,7 +147,9 @@ def main(args):
     def train_one(name, lr):
         """What train returns for a task at a learning rate; its state is kept until the row is written."""
         plan = settings | {"lr": lr, "seed": study.seed}
-        identity = [result.config, result.version, made_of[name], fingerprint(head_tensors(heads[name])), lr]
+        # a generator's state is of its kind of device
+        identity = [result.config, result.version, made_of[name], fingerprint(head_tensors(heads[name])), lr,
+                    device.type]
         state = result.training_state(name, checksum(identity))
         amp = device.type == "cuda" and study.dtype == torch.bfloat16    # bf16 trains no faster on CPUs
         return train(forward, module, encoder, tasks[name], heads[name], recipe, plan, amp, state,

@@ -7,6 +7,7 @@ import platform
 import re
 import resource
 import shutil
+import sysconfig
 from pathlib import Path
 
 import torch
@@ -17,19 +18,36 @@ from lib.files import Refused
 
 def pick_device(name):
     """torch.device for --device, each process of torchrun its own GPU; Refused if unknown or not there."""
+    asked = name
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if name == "cpu" and nvidia_driver() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+            name = "cuda"                                  # hours of CPU are not what its owner wants
+    if name.startswith("cuda:") and ranks.world() > 1:
+        raise Refused(f"--device {name} under torchrun: give --device cuda, each process takes its own GPU")
     if name == "cuda" and ranks.world() > 1:
         name = f"cuda:{torch.cuda.current_device()}"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        ones = torch.ones(8, 8, device=device)
+        (ones @ ones).sum().item()                         # what has no code for this GPU fails only here
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise Refused(f"--device {name} is not usable here ({reason}); try --device cpu") from error
+        remedy = "try --device cpu"
+        if name.startswith("cuda") and nvidia_driver():
+            remedy = (f"torch {torch.__version__} under {nvidia_driver()}: install a torch made for that "
+                      f"driver and GPU (pip's indexes: pytorch.org/get-started/previous-versions), or give "
+                      f"--device cpu")
+        raise Refused(f"--device {asked}: {name} is not usable here ({reason}); {remedy}") from error
     # fp32 means fp32: from Ampere on convolutions would round to TF32's ten bits, products where told to
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return device
+
+
+def nvidia_driver():
+    """The line in which a loaded NVIDIA driver says its version, "" without one."""
+    version = Path("/proc/driver/nvidia/version")
+    return version.read_text().splitlines()[0].removeprefix("NVRM version: ") if version.exists() else ""
 
 
 def pick_dtype(name, device):
@@ -59,10 +77,13 @@ def compile_pays(mode, device, encoder, images):
     """
     if mode == "off":
         return False, "--compile off"
-    if device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++") or os.environ.get("CXX")):
-        return False, "no C++ compiler here"
     if device.type == "mps":
         return False, "not compiled on mps"
+    compilers = ("g++", "clang++") if device.type == "cpu" else ("cc", "gcc", "clang")    # Triton's is for C
+    if not (any(map(shutil.which, compilers)) or os.environ.get("CXX" if device.type == "cpu" else "CC")):
+        return False, f"no compiler here ({', '.join(compilers)})"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return False, "no Python.h here, as of a package python3-dev"
     if mode == "on":
         return True, "--compile on"
     work, enough = images * forward_flops(encoder), COMPILE_FLOPS[device.type]

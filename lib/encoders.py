@@ -118,7 +118,7 @@ def load_encoder(name, runs, weights=None, image_size=None):
     """
     path = run_folder(runs, name) / "pretrained.safetensors"
     source = file_sha256(weights) if weights else None
-    with ranks.first():
+    with ranks.first(path):
         if not path.exists():
             if name == "tiny":
                 raise Refused(f'{path} is missing: run "python pretrain.py tiny" first')

@@ -1,5 +1,5 @@
 """
-What a runs folder holds: the results of every encoder and variant, what does not go together, what is missing.
+What a runs folder holds: results of every encoder and variant, what does not go together, what is missing.
 
 Each function of the report returns blocks of lib/pages.py; a variant is as in lib/comparisons.py.
 """

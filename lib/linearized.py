@@ -8,11 +8,14 @@ J tau is one forward-mode derivative (torch.func.jvp). It is linear in tau, so t
 vector answers every lambda, every subset and every cell of a heat map by a few additions.
 Source  arXiv:2305.12827 (Ortiz-Jimenez et al.); arXiv:2407.07089 section 3
 """
+import contextlib
+
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import Evaluator
 from lib.encoders import weights_of
+from lib.files import Refused
 
 
 def expand(module, theta, tau, inputs):
@@ -29,8 +32,28 @@ def expand(module, theta, tau, inputs):
     def features(weights):
         return torch.func.functional_call(module, fixed | weights, (inputs,), tie_weights=False)
 
-    with sdpa_kernel(SDPBackend.MATH):
+    with plain_attention():
         return torch.func.jvp(features, (moved,), (tau,))
+
+
+@contextlib.contextmanager
+def plain_attention():
+    """Attention without its fused kernels, nor those of torch.nn.MultiheadAttention (open_clip)."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def refuse_batch_norm(encoder):
+    """Refused where features also depend on running statistics, for which there is no derivative."""
+    for name, part in encoder.module.named_modules():
+        if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
+            raise Refused(f"{encoder.name} has batch norms ({name}): their running statistics have no "
+                          f"derivative, so that it cannot be linearized")
 
 
 def names_once(module):
@@ -46,6 +69,7 @@ def names_once(module):
 
 def forward(module, encoder, device):
     """The function that finetune.py trains: the module holds theta_t, what moves is theta_t - theta_pre."""
+    refuse_batch_norm(encoder)
     theta_pre = {name: tensor.to(device) for name, tensor in weights_of(encoder.module).items()}
 
     def linear(inputs):
@@ -62,6 +86,10 @@ class LinearizedEvaluator(Evaluator):
 
     One derivative per input and vector, kept until the vectors change, answers any number of settings.
     """
+
+    def __init__(self, encoder, *machine, **more):
+        refuse_batch_norm(encoder)
+        super().__init__(encoder, *machine, **more)
 
     def use_vectors(self, vectors):
         self.vectors = []

@@ -27,12 +27,14 @@ def local_rank():
 
 
 def join():
-    """Meet the other processes: gloo for what is on CPUs, NCCL for what is on GPUs."""
+    """Meet the other processes, by gloo also where they have GPUs.
+
+    What passes between them are megabytes; NCCL refuses two processes on one GPU and hangs on some machines.
+    """
     if world() > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank() % torch.cuda.device_count())
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))
+        dist.init_process_group("gloo", timeout=datetime.timedelta(hours=12))
 
 
 def wait():
@@ -42,10 +44,12 @@ def wait():
 
 
 @contextlib.contextmanager
-def first():
-    """Rank 0 goes through the body first; the others follow and find its files there."""
+def first(path):
+    """Rank 0 goes through the body first; the others follow and find its file or folder `path` there."""
     if rank() > 0:
         wait()
+        if path.parent.exists():
+            os.listdir(path.parent)                        # NFS remembers for a while that it was not there
     yield
     if rank() == 0:
         wait()
@@ -61,7 +65,8 @@ def deal(items):
 def add_up(tensors):
     """Sum each tensor over the processes, in place; where all but one hold zeros the result is exact."""
     for tensor in tensors:
-        whole = tensor.float() if tensor.dtype == torch.bfloat16 else tensor  # gloo adds no bfloat16
+        whole = tensor.cpu()
+        whole = whole.float() if whole.dtype == torch.bfloat16 else whole      # gloo adds no bfloat16
         dist.all_reduce(whole)
         tensor.copy_(whole)
 

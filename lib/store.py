@@ -19,7 +19,7 @@ def stored_folder(name, source, registered, encoder, runs, seed):
     """
     identity = json.dumps([name, identify_source(source, seed), encoder.side])
     folder = runs / "inputs" / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
-    with ranks.first():
+    with ranks.first(folder):
         if not folder.exists():
             build_cache(folder, name, source, registered, encoder, seed)
     return folder

@@ -216,6 +216,10 @@ class Study:
         compiled, why = compile_pays(mode, self.device, self.encoder, work)
         kind = LinearizedEvaluator if linear else common.Evaluator
         evaluator = kind(self.encoder, self.device, self.dtype, compiled, alone)
+        failed = evaluator.compile_now() if compiled else ""
+        if failed and mode == "on":
+            raise Refused(f"--compile on: {failed}; leave it out to go on without")
+        compiled, why = compiled and not failed, failed or why
         print(f"evaluator: {str(self.dtype)[6:]} ({self.dtype_reason}), batch {evaluator.batch_size}, "
               f"{'compiled' if compiled else 'eager'} ({why})", flush=True)
         return evaluator

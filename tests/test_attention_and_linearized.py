@@ -80,6 +80,36 @@ def test_the_expansion_is_the_derivative_and_linear_in_the_vector(small_encoder)
     torch.testing.assert_close(sparse, torch.einsum("bdp,p->bd", jacobian, tau[only]))
 
 
+def test_open_clip_towers_have_the_expansion_also_in_eval_mode():
+    """In eval mode and without gradients their attention would take a fused path that has no derivative."""
+    import open_clip
+    torch.manual_seed(0)
+    module = open_clip.transformer.VisionTransformer(16, 8, 32, 1, 2, 4, output_dim=24).eval().double()
+    module.requires_grad_(False)
+    theta = dict(module.named_parameters())
+    tau = {name: 0.1 * torch.randn_like(tensor) for name, tensor in theta.items()}
+    images, fast = torch.randn(3, 3, 16, 16, dtype=torch.float64), torch.backends.mha.get_fastpath_enabled()
+
+    def at(step):
+        moved = {name: theta[name] + step * tau[name] for name in theta}
+        return torch.func.functional_call(module, moved, (images,))
+
+    value, tangent = linearized.expand(module, theta, tau, images)
+    torch.testing.assert_close(value, at(0.0))
+    torch.testing.assert_close(tangent, (at(1e-5) - at(-1e-5)) / 2e-5, rtol=1e-5, atol=1e-8)
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+
+
+def test_batch_norms_are_refused_by_name_not_by_a_traceback():
+    architecture = {"library": "timm", "name": "resnet10t", "kwargs": {"num_classes": 0}}
+    module = encoders.build_architecture(architecture).eval()
+    description = encoders.describe(module, architecture, 32, (0.5,) * 3, (0.5,) * 3, 1.0, encoder="resnet")
+    encoder = encoders.as_encoder(module, description, "random")
+    for begin in (linear_evaluator, lambda encoder: linearized.forward(module, encoder, CPU)):
+        with pytest.raises(files.Refused, match=r"resnet has batch norms \(conv1\..*cannot be linearized"):
+            begin(encoder)
+
+
 def test_what_is_trained_is_the_expansion(small_encoder):
     """finetune.py's forward has the gradient of features at theta_pre, wherever the weights have moved."""
     module = copying.deepcopy(small_encoder.module)
