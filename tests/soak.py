@@ -29,6 +29,7 @@ from lib.flags import flag_parser
 from lib.study import run
 from pretrain import ARCHITECTURE
 
+AT_START = 0.3  # seconds
 TRAINING_SAVED = ["--save-minutes", "1e-9"]  # at every step, so that a kill meets every state
 OF_THE_MOMENT = ("machine", "command", "seconds", "seconds_per_step", "feature_seconds", "images_per_second",
                  "peak_memory_bytes", "source", "checksum")
@@ -79,28 +80,46 @@ def undisturbed(runs):
 
 
 def disturbed(runs, seconds, kills, rng):
-    """Run every stage until it finishes, killed so many times in all, longer ones more often: the counts."""
-    killed = started = rounds = 0
-    while killed < kills:
-        if rounds:
+    """Run every stage until it finishes, killed so many times in all, longer ones more often: the counts.
+
+    A third of the kills come while a stage starts. Every other finished stage is begun again with --overwrite
+    and another seed, killed, and made anew as it was: nothing of the other seed may be believed.
+    """
+    counts = {"kills": 0, "starts": 0, "rounds": 0, "overwritten": 0}
+
+    def run_until_finished(stage, index, share, *more):
+        status = None
+        while status != 0:
+            instant = rng.uniform(0, rng.choice([seconds[index], seconds[index], AT_START]))
+            kill_after = instant if share > 0 and counts["kills"] < kills else None
+            status = begin(*command(stage, runs, *more), kill_after)
+            assert status in (0, -signal.SIGKILL), f"{stage} {more}: exit {status}"
+            counts["starts"] += 1
+            counts["kills"] += status != 0
+            share -= 1
+
+    while counts["kills"] < kills:
+        if counts["rounds"]:
             # again from the heads on, with other instants
             shutil.rmtree(runs / "tiny/full", ignore_errors=True)
         for index, stage in enumerate(STAGES):
-            share, status = max(1, round(kills * seconds[index] / sum(seconds))), None
-            while status != 0:
-                started += 1
-                kill_after = rng.uniform(0, seconds[index]) if share > 0 and killed < kills else None
-                status = begin(*command(stage, runs), kill_after)
-                assert status in (0, -signal.SIGKILL), f"{stage}: exit {status}"
-                killed, share = killed + (status != 0), share - 1
-        rounds += 1
-    return {"kills": killed, "starts": started, "rounds": rounds}
+            share = max(1, round(kills * seconds[index] / sum(seconds)))
+            run_until_finished(stage, index, share)
+            if (index + counts["rounds"]) % 2 and counts["kills"] < kills:
+                other = command(stage, runs, "--overwrite", "--seed", "1")
+                status = begin(*other, rng.uniform(0, seconds[index]))
+                assert status in (0, -signal.SIGKILL), f"{stage} of another seed: exit {status}"
+                counts["kills"] += status != 0
+                counts["overwritten"] += 1
+                run_until_finished(stage, index, 1, "--overwrite")
+        counts["rounds"] += 1
+    return counts
 
 
-def command(stage, runs):
+def command(stage, runs, *more):
     name, words = stage
     words = [word for word in words if word != "--overwrite"]
-    return name, [*shared_words(runs), *words, *(TRAINING_SAVED if name == "finetune" else [])]
+    return name, [*shared_words(runs), *words, *(TRAINING_SAVED if name == "finetune" else []), *more]
 
 
 def begin(name, words, kill_after=None):
