@@ -95,34 +95,24 @@ def main(args):
     # ---------------------------------------------------- open
     study = open_study(args, __file__, "finetune.json")
     settings = study.settings("disentangle", args, DEFAULTS)
-    points, limit = settings["points"], settings["limit"]
-    if points % 2 == 0 or points < 3:
-        raise Refused(f"--points {points} has to be odd and at least 3: another grid would miss lambda = 0")
-    lambdas = flags.even_grid("--limit", -limit, limit, points)
-    pairs = choose_pairs(args.pairs, list(study.sources))
-    used = sorted(set(itertools.chain(*pairs.values())))
-    fingerprints = study.vectors(used)
-    made_of = {}
-    for pair, (a, b) in pairs.items():
-        made_of[pair] = {"vectors": [fingerprints[a], fingerprints[b]],
-                         "data": [study.data[a], study.data[b]]}
+    lambdas, pairs = grid_of(settings), choose_pairs(args.pairs, list(study.sources))
     metrics = list(METRICS) if args.metric == "both" else [args.metric]
-    settings |= {"recipe": study.recipe, "dtype": str(study.dtype)[6:]}
-    results = {metric: open_result(study, metric, settings, made_of) for metric in metrics}
+    results = {metric: open_result(study, metric, settings, pairs) for metric in metrics}
     missing = set().union(*(result.todo for result in results.values()))
     todo = [pair for pair in pairs if pair in missing]
     if not todo:
         return
 
     # ---------------------------------------------------- random test images, the same in every pair
+    used = sorted(set(itertools.chain(*pairs.values())))
     tasks = {name: study.load_task(name) for name in used}
     vectors = {name: load_vector(study.source, name, study.encoder) for name in used}
     heads = {name: study.load_head(tasks[name]) for name in used}
     images = {name: sample(tasks[name].splits["test"], settings["samples"], args.seed) for name in used}
-    cells = points ** 2 * sum(len(images[name]) for pair in todo for name in pairs[pair])
+    cells = len(lambdas) ** 2 * sum(len(images[name]) for pair in todo for name in pairs[pair])
     evaluator = study.evaluator(cells, study.recipe["linear"])
-    print(f"disentangle: {len(todo)} pairs, {points} x {points} points, {cells} images to evaluate",
-          flush=True)
+    print(f"disentangle: {len(todo)} pairs, {len(lambdas)} x {len(lambdas)} points, {cells} images to "
+          f"evaluate", flush=True)
 
     # ---------------------------------------------------- every cell of every pair
     for pair in todo:
@@ -164,9 +154,22 @@ def main(args):
                       flush=True)
 
 
-def open_result(study, metric, settings, made_of):
+def grid_of(settings):
+    """The grid's lambdas, the same for both tasks; Refused where 0 would not be among them."""
+    points, limit = settings["points"], settings["limit"]
+    if points % 2 == 0 or points < 3:
+        raise Refused(f"--points {points} has to be odd and at least 3: another grid would miss lambda = 0")
+    return flags.even_grid("--limit", -limit, limit, points)
+
+
+def open_result(study, metric, settings, pairs):
     """The result of one metric, a row for each pair."""
-    stem = METRICS[metric][2]
+    stem, made_of = METRICS[metric][2], {}
+    fingerprints = study.vectors(sorted(set(itertools.chain(*pairs.values()))))
+    for pair, (a, b) in pairs.items():
+        made_of[pair] = {"vectors": [fingerprints[a], fingerprints[b]],
+                         "data": [study.data[a], study.data[b]]}
+    settings = settings | {"recipe": study.recipe, "dtype": str(study.dtype)[6:]}
     return study.result(f"{stem}.json", settings, made_of, key="pairs",
                         files=lambda pair: [study.here / stem / f"{pair}.npz",
                                             study.here / stem / f"{pair}.png"])

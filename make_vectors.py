@@ -37,14 +37,7 @@ def main(args):
     # ---------------------------------------------------- open
     study = open_study(args, __file__, "finetune.json")
     names, recipe, theta_pre = list(study.sources), study.recipe, weights_of(study.encoder.module)
-    made_by = f"python finetune.py {args.encoder} --name {study.source.name}"
-    tuned = {name: study.source / "finetuned" / f"{name}.safetensors" for name in names}
-    for path in tuned.values():
-        require(path, made_by)
-    fingerprints = {name: file_metadata(path, made_by)["sha256"] for name, path in tuned.items()}
-    for name, path in tuned.items():
-        if fingerprints[name] != theta_fingerprint(study.finetuned, name):
-            raise Refused(f'{path} is not what finetune.json describes: run "{made_by}" first')
+    tuned, fingerprints = fine_tuned_files(study)
     pictures = [study.here / f"{stem}.png" for stem in ("vectors", "overlap", "overlap_layers")]
     vectors = [study.here / "vectors" / f"{name}.safetensors" for name in names]
     result = study.result("vectors.json", {"recipe": recipe, "finetuned": fingerprints},
@@ -60,7 +53,7 @@ def main(args):
     norms, relative_norms, layers, norm_pre = {}, {}, {}, norm(theta_pre)
     flat, subspaces = [], {key: [] for key in matrices}
     for name in names:
-        theta_t, about = load_tensors(tuned[name], made_by, theta_pre=study.encoder.fingerprint,
+        theta_t, about = load_tensors(tuned[name], study.made_by, theta_pre=study.encoder.fingerprint,
                                       recipe=recipe)
         _, tau_t = task_vector(theta_pre, theta_t)
         save_vector(study.here, tau_t, about)
@@ -100,6 +93,18 @@ def main(args):
             plots.layer_matrices(pictures[2], by_block(per_layer), by_block(chance),
                                  f"overlap of rank-{RANK} subspaces, layer by layer; {title}, "
                                  f"tasks {', '.join(names)}")
+
+
+def fine_tuned_files(study):
+    """({task: file of theta_t}, {task: its SHA-256}); Refused: missing, not what finetune.json describes."""
+    tuned, fingerprints = {}, {}
+    for name in study.sources:
+        tuned[name] = study.source / "finetuned" / f"{name}.safetensors"
+        require(tuned[name], study.made_by)
+        fingerprints[name] = file_metadata(tuned[name], study.made_by)["sha256"]
+        if fingerprints[name] != theta_fingerprint(study.finetuned, name):
+            raise Refused(f'{tuned[name]} is not what finetune.json describes: run "{study.made_by}" first')
+    return tuned, fingerprints
 
 
 def leading_directions(matrix, rank):

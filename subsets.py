@@ -41,20 +41,11 @@ def parse_args(argv=None):
 def main(args):
     # ---------------------------------------------------- open
     study = open_study(args, __file__, "finetune.json")
-    names, fingerprints = list(study.sources), study.vectors()
-    if len(names) < 2:
-        raise Refused(f"subsets need two tasks or more, --tasks names {', '.join(names)}")
-    settings = study.settings("subsets", args, DEFAULTS)
+    names, settings = list(study.sources), study.settings("subsets", args, DEFAULTS)
     lambdas = flags.even_grid("--lambda-max", 0, args.lambda_max, args.lambdas).tolist()
     chosen = {"+".join(subset): subset for subset in choose_subsets(names, args.per_size, args.seed)}
-    made_of = {}
-    for key, subset in chosen.items():
-        made_of[key] = {"vectors": [fingerprints[name] for name in subset],
-                        "data": [study.data[name] for name in subset]}
-    settings |= {"recipe": study.recipe, "tasks": names, "per_size": args.per_size, "lambdas": lambdas,
-                 "dtype": str(study.dtype)[6:]}
     picture = study.here / "scaling.png"
-    result = study.result("scaling.json", settings, made_of, key="subsets", files=lambda row: [picture])
+    result = open_result(study, chosen, picture, settings | {"per_size": args.per_size, "lambdas": lambdas})
     if not result.todo:
         return
 
@@ -111,6 +102,19 @@ def main(args):
         of_size = [row["normalized"] for row in result.rows.values() if len(row["tasks"]) == size]
         print(f"subsets: {size} tasks: mean normalized accuracy {mean(of_size):.4f} "
               f"over {len(of_size)} subsets")
+
+
+def open_result(study, chosen, picture, settings):
+    """scaling.json, a row for each chosen subset."""
+    names, made_of = list(study.sources), {}
+    if len(names) < 2:
+        raise Refused(f"subsets need two tasks or more, --tasks names {', '.join(names)}")
+    fingerprints = study.vectors()
+    for key, subset in chosen.items():
+        made_of[key] = {"vectors": [fingerprints[name] for name in subset],
+                        "data": [study.data[name] for name in subset]}
+    settings = settings | {"recipe": study.recipe, "tasks": names, "dtype": str(study.dtype)[6:]}
+    return study.result("scaling.json", settings, made_of, key="subsets", files=lambda row: [picture])
 
 
 def accuracies_at(evaluator, splits, heads, subset, split, settings):
