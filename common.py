@@ -253,11 +253,12 @@ class Evaluator:
         self.vectors, self.changed = [], []
         self.module = copy.deepcopy(encoder.module).to(device, dtype).eval().requires_grad_(False)
         self.slots = weights_of(self.module)                 # {name: the tensor that the forward pass reads}
+        self.unfused = []
         if compile and device.type == "cpu" and dtype == torch.bfloat16:
-            for part in self.module.modules():
-                if hasattr(part, "fused_attn"):
-                    # inductor's own softmax between two products is faster
-                    part.fused_attn = False
+            # inductor's own softmax between two products is faster than fused attention
+            self.unfused = [part for part in self.module.modules() if getattr(part, "fused_attn", False)]
+        for part in self.unfused:
+            part.fused_attn = False
         self.forward = compile_module(self.module) if compile else self.module
         self.batch_size = min(ranks.gather(evaluation_batch(self.module, encoder, device, dtype)))
 
@@ -269,6 +270,8 @@ class Evaluator:
                 self.forward(example.to(self.device))
         except torch._dynamo.exc.TorchDynamoException as error:    # no working compiler, no cache folder
             self.forward = self.module
+            for part in self.unfused:
+                part.fused_attn = True
             return f"compiling failed: {str(error).splitlines()[0]}"
         return ""
 

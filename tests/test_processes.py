@@ -212,7 +212,7 @@ def test_jobs_claim_rows_in_one_order_so_that_no_two_wait_for_each_other(tmp_pat
 
 
 @pytest.mark.parametrize("name, words, function, made, kept", [
-    ("merge_eval", ["--lambdas", "14"], "hits", ["merge.json"], "merge"),
+    ("merge_eval", ["--lambdas", "12"], "hits", ["merge.json"], "merge"),
     ("disentangle", ["--points", "5", "--samples", "60", "--metric", "both", "--pairs", "glyphs-signs"],
      "features", ["disentangle.json", "representation.json", "representation/glyphs-signs.npz"],
      "disentangle-glyphs-signs"),
@@ -319,7 +319,7 @@ def test_killed_anywhere_then_rerun_equals_uninterrupted():
 
     tests/soak.sh N runs it longer.
     """
-    finished = stage(sys.executable, "tests/soak.py", "4")
+    finished = stage(sys.executable, "tests/soak.py", "3")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     figures = json.loads(finished.stdout)
-    assert figures["kills"] == 4 and figures["files"] > 30 and figures["differ"] == []
+    assert figures["kills"] >= 3 and figures["files"] > 30 and figures["differ"] == []
