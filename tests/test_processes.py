@@ -212,7 +212,7 @@ def test_jobs_claim_rows_in_one_order_so_that_no_two_wait_for_each_other(tmp_pat
 
 
 @pytest.mark.parametrize("name, words, function, made, kept", [
-    ("merge_eval", ["--lambdas", "12"], "hits", ["merge.json"], "merge"),
+    ("merge_eval", ["--lambdas", "12", "--tasks", "signs"], "hits", ["merge.json"], "merge"),
     ("disentangle", ["--points", "5", "--samples", "60", "--metric", "both", "--pairs", "glyphs-signs"],
      "features", ["disentangle.json", "representation.json", "representation/glyphs-signs.npz"],
      "disentangle-glyphs-signs"),
