@@ -175,21 +175,25 @@ class Study:
 
     def vectors(self, names=None):
         """{task: SHA-256 of its vector}, for a result's inputs; the vectors are not read."""
-        fine_tuned = self.finetuned["tasks"]               # Refused where a task is not there
+        names = names or self.sources
         about = {name: vector_metadata(self.source, name, self.encoder)
-                 for name in names or self.sources if name in fine_tuned}
+                 for name in self.finetuned["tasks"] if name in names}
         return {name: metadata["sha256"] for name, metadata in about.items()}
 
     def probed_head(self, kind, name):
         """SHA-256 of a task's head from one way of probing; Refused where probe.json is of another."""
-        path = self.folder / "probe.json"
         head, made_by = probe_file(self.folder, kind, name, self.encoder.name)
-        found = file_metadata(head, made_by)["sha256"]
-        rows = read_json(path, made_by)["tasks"] if path.exists() else {name: {"weights_sha256": [found]}}
-        if name not in rows or found not in rows[name]["weights_sha256"]:
-            raise Refused(f'{head} is not what {path} describes, as after an interrupted --overwrite: '
-                          f'run "{made_by}" again')
+        found, rows = file_metadata(head, made_by)["sha256"], self.probe_rows
+        if rows is not None and found not in rows.get(name, {"weights_sha256": []})["weights_sha256"]:
+            raise Refused(f'{head} is not what {self.folder / "probe.json"} describes, as after an '
+                          f'interrupted --overwrite: run "{made_by}" again')
         return found
+
+    @functools.cached_property
+    def probe_rows(self):
+        """{task: row} of probe.json, read once; None where only the heads are there."""
+        path = self.folder / "probe.json"
+        return read_json(path, f"python probe.py {self.encoder.name}")["tasks"] if path.exists() else None
 
     def load_head(self, task):
         """The head of a task; Refused where its theta_t was trained and tested on other data than these."""

@@ -503,16 +503,21 @@ def test_a_flipped_bit_in_a_result_is_refused_or_warned_about(copy, capsys, file
         assert warned or path.name in failed
 
 
-@pytest.mark.parametrize("where", [["recipe"], ["tasks"], ["tasks", "signs"], ["tasks", "signs", "test"]],
-                         ids="/".join)
-def test_a_result_edited_by_hand_that_lacks_what_a_stage_needs_is_refused_by_name(copy, where):
-    path = hurt(copy, "tiny/aligned/finetune.json", "merge_eval")
+def take_out(path, where):
+    """Take a key out of a JSON file, [outer key, ..., the key]."""
     values = json.loads(path.read_text())
     inner = values
     for key in where[:-1]:
         inner = inner[key]
     del inner[where[-1]]
     path.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("where", [["recipe"], ["tasks"], ["tasks", "signs"], ["tasks", "signs", "test"]],
+                         ids="/".join)
+def test_a_result_edited_by_hand_that_lacks_what_a_stage_needs_is_refused_by_name(copy, where):
+    path = hurt(copy, "tiny/aligned/finetune.json", "merge_eval")
+    take_out(path, where)
     said = refuse("merge_eval", "tiny", "--runs", copy, *ALL_TASKS, "--lambdas", "2")
     assert "finetune.json" in said and "python finetune.py tiny --name aligned" in said
 
@@ -560,12 +565,7 @@ def test_what_is_no_result_is_refused(copy, damage):
 ], ids=str)
 def test_the_report_names_the_file_that_lacks_a_key(copy, file, where):
     path = copy / "tiny/aligned" / file
-    values = json.loads(path.read_text())
-    inner = values
-    for key in where[:-1]:
-        inner = inner[key]
-    del inner[where[-1]]
-    path.write_text(json.dumps(values))
+    take_out(path, where)
     said = refuse("report", "--runs", copy)
     assert path.name in said and f"lacks {where[-1]}" in said
     assert "--overwrite" in said and "delete" not in said
