@@ -40,13 +40,12 @@ def test_the_code_of_a_stage_is_its_file_and_what_it_imports_that_makes_numbers(
     assert {file for file in after if after[file] != before[file]} == {"lib/vectors.py"}
 
 
-def test_a_changed_loss_is_said_with_what_to_type_and_nothing_is_made(code_copy, copy):
+def test_a_changed_loss_is_said_with_what_to_type_and_nothing_is_made(code_copy, copy, capsys):
     words = ["tiny", "--runs", copy, *ALL_TASKS, *STAGES["finetune"]]
     edit(code_copy / "finetune.py", LOSS, SMOOTHED)
     before = snapshot(copy)
-    finished = stage(sys.executable, code_copy / "finetune.py", *words)
-    assert finished.returncode == 0, finished.stderr
-    [said] = finished.stdout.splitlines()
+    perform(code_copy / "finetune.py", *words)
+    [said] = capsys.readouterr().out.splitlines()
     assert "finetune.json was made before finetune.py changed" in said and "nothing to do" not in said
     assert "python finetune.py tiny" in said and "--overwrite" in said and "--name NEW" in said
     assert snapshot(copy) == before
