@@ -33,6 +33,7 @@ from lib.vectors import probe_file
 LEARNING_RATES = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
 BATCH_SIZE, WEIGHT_DECAY, CLIP_NORM = 128, 0.1, 1.0
 PENALTIES = (10.0 ** np.arange(0, -6.5, -0.5)).tolist()     # for features of variance 1
+PATIENCE = 3            # smaller penalties are left out after so many in a row that were not better
 
 
 def parse_args(argv=None):
@@ -158,12 +159,18 @@ def fit_head(features, task):
     inputs = (train - middle) @ axes                       # (N, D) along the principal axes
     weight = torch.zeros(len(task.classes), len(middle), device=train.device)
     bias, found = torch.zeros(len(weight), device=train.device), []
-    for penalty in PENALTIES:                              # each from the optimum of the one before
-        weight, bias, gradient = minimise(inputs, labels, variances, penalty, weight, bias)
+    start_weight, start_bias = weight, bias
+    for penalty in PENALTIES:
+        before = weight, bias
+        weight, bias, gradient = minimise(inputs, labels, variances, penalty, start_weight, start_bias)
+        start_weight, start_bias = 2 * weight - before[0], 2 * bias - before[1]    # along the path of optima
         head = Head(weight @ axes.T, bias - weight @ axes.T @ middle, normalise=False)
         hits = count_hits(features["val"], head, task.splits["val"])
         found.append((hits, head, penalty, gradient))
-    hits, head, penalty, gradient = max(found, key=lambda fit: fit[0])
+        best = max(range(len(found)), key=lambda fit: found[fit][0])
+        if len(found) - 1 - best == PATIENCE:
+            break
+    _, head, penalty, gradient = found[best]
     val = {f"{fit[2]:.1e}": fit[0] / len(features["val"]) for fit in found}
     return head, {"penalty": penalty, "val_of_penalties": val, "gradient": gradient,
                   "seconds": time.perf_counter() - start}

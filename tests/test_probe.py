@@ -56,12 +56,17 @@ def test_the_head_is_the_optimum_that_scikit_learn_finds(monkeypatch, penalty, s
     assert differ <= 1                                     # a tie to rounding
 
 
-def test_the_penalty_is_picked_on_validation_and_of_equals_the_largest():
+def test_the_penalty_is_picked_on_validation_and_of_equals_the_largest(monkeypatch):
     features, task = random_task(n=60, width=30, n_classes=5)
+    monkeypatch.setattr(probe, "PATIENCE", len(probe.PENALTIES))
+    whole = list(probe.fit_head(features, task)[1]["val_of_penalties"].values())
+    monkeypatch.undo()
     head, about = probe.fit_head(features, task)
     accuracies = list(about["val_of_penalties"].values())
-    assert len(accuracies) == len(probe.PENALTIES) and len(set(accuracies)) > 2
-    assert about["penalty"] == probe.PENALTIES[accuracies.index(max(accuracies))]
+    best = accuracies.index(max(accuracies))
+    assert len(accuracies) == best + 1 + probe.PATIENCE < len(whole) and len(set(accuracies)) > 2
+    assert accuracies == whole[:len(accuracies)]           # what is left out changes nothing before it
+    assert about["penalty"] == probe.PENALTIES[best]
     labels = torch.from_numpy(task.splits["val"].labels)
     hits = int((common.predict(features["val"], head) == labels).sum())
     assert hits / len(labels) == max(accuracies)
