@@ -329,7 +329,7 @@ def training(recipe, encoder, machine, batch_size):
         forward = devices.compile_module(module)
 
     def train(steps):
-        plan = {"lr": 1e-5, "steps": steps, "batch_size": batch_size, "seed": 0}
+        plan = {"lr": 1e-5, "steps": steps, "batch_size": batch_size, "micro_batch": batch_size, "seed": 0}
         _, _, cost = finetune.train(forward, module, encoder, task, head, recipe, plan, amp)
         return cost
 

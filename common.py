@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from lib import generated, ranks, store
-from lib.devices import compile_module, evaluation_batch
+from lib.devices import compile_module, evaluation_batch, tensor_float
 from lib.encoders import weights_of
 from lib.files import Refused, load_tensors, save_tensors
 from lib.progress import progress
@@ -244,10 +244,11 @@ class Evaluator:
               T coefficients, formed in float32 and cast once
     alone     under torchrun: evaluate all of it in this process, instead of a share that is added up with
               the others'
+    tf32      on a GPU: the encoder's products round to TF32; heads stay in float32
     """
 
-    def __init__(self, encoder, device, dtype, compile=False, alone=False):
-        self.encoder, self.device, self.dtype = encoder, device, dtype
+    def __init__(self, encoder, device, dtype, compile=False, alone=False, tf32=False):
+        self.encoder, self.device, self.dtype, self.tf32 = encoder, device, dtype, tf32
         self.rank, self.world = (0, 1) if alone else (ranks.rank(), ranks.world())
         self.theta_pre = {name: tensor.to(device) for name, tensor in weights_of(encoder.module).items()}
         self.vectors, self.changed = [], []
@@ -260,14 +261,23 @@ class Evaluator:
         for part in self.unfused:
             part.fused_attn = False
         self.forward = compile_module(self.module) if compile else self.module
-        self.batch_size = min(ranks.gather(evaluation_batch(self.module, encoder, device, dtype)))
+        self.batch_size = min(ranks.gather(evaluation_batch(self.example_pass, encoder, device, dtype)))
+
+    def example_pass(self, inputs):
+        """What a batch takes in memory at most: the forward pass, not compiled."""
+        return self.module(inputs)
+
+    def forward_pass(self, inputs):
+        """(B, ...) prepared inputs -> (B, D) features under the weights that are written."""
+        with tensor_float(self.tf32):
+            return self.forward(inputs)
 
     def compile_now(self):
         """Compile on a batch of zeros; where that fails the forward pass is eager, and this returns why."""
         example = self.as_dtype(self.encoder.example(self.batch_size))
         try:
             with torch.inference_mode():
-                self.forward(example.to(self.device))
+                self.forward_pass(example.to(self.device))
         except torch._dynamo.exc.TorchDynamoException as error:    # no working compiler, no cache folder
             self.forward = self.module
             for part in self.unfused:
@@ -336,7 +346,8 @@ class Evaluator:
                     own = self.share(k, len(settings), len(inputs) // batch)
                     if own:
                         self.write(coefficients)
-                        features = torch.cat([self.forward(inputs[i * batch:(i + 1) * batch]) for i in own])
+                        features = torch.cat([self.forward_pass(inputs[i * batch:(i + 1) * batch])
+                                              for i in own])
                         first = begin + own.start * batch
                         yield k, first, features[:total - first]    # without the padding
                         bar.update(min(len(features), total - first) * self.world)

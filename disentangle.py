@@ -5,6 +5,7 @@ Weight disentanglement: how often adding another task's vector changes a task's 
     python disentangle.py tiny --pairs all --points 7 --samples 256
     python disentangle.py tiny --metric both --points 15 --limit 2    # predictions and features from one pass
     python disentangle.py vit_b16_dino --pairs cars-dtd,mnist-svhn
+    python disentangle.py vit_b16_dino --dtype tf32                   # on a GPU; precision.py has its floor
 
 Reads   runs/ENCODER/pretrained.safetensors, heads/ (probe.py), NAME/finetune.json,
         NAME/vectors/TASK.safetensors (make_vectors.py)
@@ -33,7 +34,7 @@ DEFAULTS = {"points": 25, "limit": 3.0, "samples": 2048}    # an encoder's own s
 
 
 def parse_args(argv=None):
-    parser = flags.stage_parser(__doc__)
+    parser = flags.stage_parser(__doc__, ["auto", "bf16", "fp32", "tf32"])
     parser.set_defaults(dtype="fp32")        # bf16 alone flips more predictions than fine maps show
     flags.add_name(parser)
     add = parser.add_argument
@@ -169,7 +170,7 @@ def open_result(study, metric, settings, pairs):
     for pair, (a, b) in pairs.items():
         made_of[pair] = {"vectors": [fingerprints[a], fingerprints[b]],
                          "data": [study.data[a], study.data[b]]}
-    settings = settings | {"recipe": study.recipe, "dtype": str(study.dtype)[6:]}
+    settings = settings | {"recipe": study.recipe, "dtype": study.precision}
     return study.result(f"{stem}.json", settings, made_of, key="pairs",
                         files=lambda pair: [study.here / stem / f"{pair}.npz",
                                             study.here / stem / f"{pair}.png"])

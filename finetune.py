@@ -91,6 +91,9 @@ def parse_args(argv=None):
              "published numbers were made)")
     add("--steps", type=flags.positive, help="optimizer steps per task (default 2000; tiny 120)")
     add("--batch-size", type=flags.positive, help="images per step (default 128; tiny 64)")
+    add("--micro-batch", type=flags.positive,
+        help="images that go through the encoder at a time, where a step's do not fit: their losses add up "
+             "to the step's, its one clip and update (default: on a GPU as many as fit, else all)")
     add("--lr", type=flags.positive_float,
         help="peak learning rate (default: a search over decades on one task, cars or else the first; "
              "tiny 5e-4 for aligned)")
@@ -134,6 +137,7 @@ def main(args):
     searches = len(LEARNING_RATES) - 1 if settings["lr"] == "search" else 0
     images = 3 * (len(result.todo) + searches) * settings["steps"] * settings["batch_size"] / ranks.world()
     forward, why = training_forward(module, recipe, study, images)
+    amp = device.type == "cuda" and study.dtype == torch.bfloat16    # bf16 trains no faster on CPUs
     validated = sum(len(tasks[name].splits[split]) for name in result.todo for split in ("val", "test"))
     evaluator = study.evaluator(validated, recipe.linear, alone=True)
     zero_shot = {}
@@ -141,17 +145,19 @@ def main(args):
         features, split = (cached_features(study.folder, tasks[name], evaluator)["test"],
                            tasks[name].splits["test"])
         zero_shot[name] = {"zero_shot": count_hits(features, heads[name], split) / len(split)}
+    eager = forward if recipe.linear else module
+    micro_batch = choose_micro_batch(args.micro_batch, eager, module, encoder, settings["batch_size"], device,
+                                     amp)
     print(f"finetune: {len(result.todo)} tasks x {settings['steps']} steps of {settings['batch_size']}, "
-          f"{trainable:,} parameters of the encoder train, {why}", flush=True)
+          f"{micro_batch} at a time, {trainable:,} parameters of the encoder train, {why}", flush=True)
 
     def train_one(name, lr):
         """What train returns for a task at a learning rate; its state is kept until the row is written."""
-        plan = settings | {"lr": lr, "seed": study.seed}
+        plan = settings | {"lr": lr, "seed": study.seed, "micro_batch": micro_batch}
         # a generator's state is of its kind of device
         identity = [result.config, result.version, made_of[name], fingerprint(head_tensors(heads[name])), lr,
                     device.type]
         state = result.training_state(name, checksum(identity))
-        amp = device.type == "cuda" and study.dtype == torch.bfloat16    # bf16 trains no faster on CPUs
         return train(forward, module, encoder, tasks[name], heads[name], recipe, plan, amp, state,
                      args.save_minutes)
 
@@ -282,6 +288,24 @@ def choose_parameters(module, recipe, what):
     return count
 
 
+def choose_micro_batch(asked, forward, module, encoder, batch_size, device, amp):
+    """Images that go through the encoder at a time: as asked, else all of a step's, on a GPU what fits.
+
+    forward  what trains the module, not compiled
+    Errors  Refused: a part of a step under batch norm, whose statistics are the whole batch's
+    """
+    def one_step(n):
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            forward(encoder.example(n).to(device)).float().sum().backward()
+        module.zero_grad()
+
+    micro_batch = min(asked or devices.training_batch(one_step, batch_size, device), batch_size)
+    if micro_batch < batch_size and linearized.batch_norms(module):
+        raise Refused(f"{encoder.name} has batch norms, which see the whole batch, and {batch_size} images "
+                      f"do not go through it at a time: give a --batch-size of {micro_batch}")
+    return micro_batch
+
+
 def training_forward(module, recipe, study, images):
     """(function from inputs to features (B, D) that trains the module, how it runs)."""
     if recipe.linear:
@@ -301,14 +325,14 @@ def train(forward, module, encoder, task, head, recipe, plan, amp=False, state=N
     """Train `module` through `forward` (it, perhaps compiled) from theta_pre on one task.
 
     head     starts from these weights; trains along where the recipe says so
-    plan     {"lr", "steps", "batch_size", "seed"}
+    plan     {"lr", "steps", "batch_size", "micro_batch", "seed"}
     amp      whether the forward pass runs in bf16
     state    file of the training state, saved every save_minutes and continued from; None: do without
     Returns  (theta_t {name: tensor}, Head, {"seconds", "images_per_second", ...}), or where the loss or a
              weight is not finite (None, None, {"diverged_at": the step at which that was seen}), the last
              good state kept
     """
-    device = next(module.parameters()).device
+    device, micro_batch = next(module.parameters()).device, plan["micro_batch"]
     generator = torch.Generator(device).manual_seed(plan["seed"])
     module.load_state_dict(encoder.module.state_dict())
     split = task.splits["train"]
@@ -334,16 +358,20 @@ def train(forward, module, encoder, task, head, recipe, plan, amp=False, state=N
         torch.manual_seed((plan["seed"] * plan["steps"] + step) % 2 ** 63)
         optimizer.param_groups[0]["lr"] = learning_rate(step, plan["steps"], plan["lr"])
         batch = encoder.augment(inputs[rows], generator)
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            features = forward(batch)                      # (B, D)
-        loss = F.cross_entropy(logits(features, head), labels[rows])
-        loss.backward()
+        total = 0.0                                        # the mean loss of the step
+        for part, answers in zip(batch.split(micro_batch), labels[rows].split(micro_batch), strict=True):
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                features = forward(part)                   # (micro-batch, D)
+            loss = F.cross_entropy(logits(features, head), answers)
+            share = loss * (len(part) / len(rows))
+            share.backward()
+            total += share.detach()
         torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        finite &= loss.isfinite()
+        finite &= total.isfinite()
         if step % 50 == 49:
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            bar.set_postfix(loss=f"{total.item():.3f}", refresh=False)
             if not finite:
                 return None, None, {"diverged_at": step + 1}
         now = time.perf_counter()
@@ -362,7 +390,8 @@ def train(forward, module, encoder, task, head, recipe, plan, amp=False, state=N
     theta_t, _ = task_vector(weights_of(encoder.module), changed)
     bias = None if head.bias is None else head.bias.detach()
     return theta_t, Head(head.weight.detach(), bias, head.normalise), {
-        "final_loss": loss.item(), "trainable_params": sum(parameter.numel() for parameter in parameters),
+        "final_loss": total.item(), "micro_batch": micro_batch,
+        "trainable_params": sum(parameter.numel() for parameter in parameters),
         "seconds": seconds, "images_per_second": plan["steps"] * plan["batch_size"] / seconds,
         "peak_memory_bytes": devices.peak_memory(device)}
 

@@ -13,8 +13,9 @@ fp32      the reference
 bf16      the merge formed in fp32 and cast once, as every stage evaluates it
 again     the same weights in bf16 along another path: batches of another size, compiled where possible
 added     theta_pre cast first and lambda * tau added in bf16, for comparison
-The floor under xi is what two tasks together flip between bf16 and again, where nothing should: twice the
-mean share.
+tf32      on NVIDIA GPUs from Ampere on: fp32 whose products are rounded to TF32, and along another path too
+The floor under xi is what two tasks together flip between two paths of one precision, where nothing should:
+twice the mean share.
 """
 import copy
 import dataclasses
@@ -23,7 +24,7 @@ import torch
 
 from common import Evaluator, mean, sample
 from lib import flags
-from lib.devices import compile_pays
+from lib.devices import compile_pays, has_tf32
 from lib.encoders import weights_of
 from lib.files import Refused, read_json
 from lib.study import open_study, run
@@ -56,9 +57,9 @@ def main(args):
     images = sum(len(split) for split in splits)
 
     # ---------------------------------------------------- the same merge four times
-    def predicted(encoder, vector, lam, dtype, compiled=False, batch_size=None):
+    def predicted(encoder, vector, lam, dtype, compiled=False, batch_size=None, tf32=False):
         """[(N,) predicted classes] of every task."""
-        evaluator = Evaluator(encoder, device, dtype, compiled)
+        evaluator = Evaluator(encoder, device, dtype, compiled, tf32=tf32)
         evaluator.batch_size = batch_size or evaluator.batch_size
         evaluator.use_vectors([vector])
         return [rows[0] for rows in evaluator.predictions(splits, heads, [(lam,)])]
@@ -75,6 +76,11 @@ def main(args):
             "bf16": predicted(encoder, merged, lam, torch.bfloat16),
             "again": predicted(encoder, merged, lam, torch.bfloat16, again, batch_size=48),
             "added": predicted(rounded_encoder, rounded_steps, 1.0, torch.bfloat16)}
+    paths = {"": ("bf16", "again")}                         # two ways that differ in nothing but their path
+    if has_tf32(device):
+        ways["tf32"] = predicted(encoder, merged, lam, torch.float32, tf32=True)
+        ways["tf32 again"] = predicted(encoder, merged, lam, torch.float32, again, batch_size=48, tf32=True)
+        paths["_tf32"] = "tf32", "tf32 again"
 
     # ---------------------------------------------------- what rounding does to the weights, beside the step
     exact = {name: theta_pre[name] + lam * vector for name, vector in merged.items()}
@@ -95,11 +101,14 @@ def main(args):
             "n": n,
             "accuracy": {way: (found == labels).sum().item() / n for way, found in classes.items()},
             "flips_to_fp32": {way: (found != classes["fp32"]).sum().item() / n
-                              for way, found in classes.items()},
-            "flips_between_paths": (classes["bf16"] != classes["again"]).sum().item() / n}
+                              for way, found in classes.items()}}
+        for of, (one, other) in paths.items():
+            rows[name][f"flips_between_paths{of}"] = (classes[one] != classes[other]).sum().item() / n
+    floors = {}
+    for of in paths:
+        floors[f"xi_floor{of}"] = 2 * mean(row[f"flips_between_paths{of}"] for row in rows.values())
     with result.saving():
-        result.values = {"lambda": lam, "tasks": rows, "weights": weights,
-                         "xi_floor": 2 * mean(row["flips_between_paths"] for row in rows.values())}
+        result.values = {"lambda": lam, "tasks": rows, "weights": weights, **floors}
 
     # ---------------------------------------------------- say
     print(f"lambda = {lam:g}, percent; flips: predictions that differ from fp32's, "
@@ -114,7 +123,8 @@ def main(args):
     for way, label in (("bf16", "formed in fp32, cast once"), ("added", "added in bf16")):
         print(f"{label}: rounding moves the weights by {weights[way]['error']:.2f} of the step lambda * tau; "
               f"{100 * weights[way]['unchanged']:.1f} % of them are those of theta_pre")
-    print(f"floor under xi: {result.values['xi_floor']:.4f}")
+    print(f"floor under xi: {floors['xi_floor']:.4f} in bf16"
+          + (f", {floors['xi_floor_tf32']:.4f} in TF32" if "_tf32" in paths else ""))
 
 
 def with_weights(module, weights):

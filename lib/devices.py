@@ -1,6 +1,7 @@
 """
 What a machine can do: device, dtype, whether compiling pays, memory and disk.
 """
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -51,7 +52,15 @@ def nvidia_driver():
 
 
 def pick_dtype(name, device):
-    """(dtype, reason) of the forward pass: bf16 where the hardware multiplies matrices in it, else fp32."""
+    """(dtype, reason) of the forward pass: bf16 where the hardware multiplies matrices in it, else fp32.
+
+    Errors  Refused: "tf32", which is fp32 whose products a GPU rounds, where the device has no such units
+    """
+    if name == "tf32":
+        if not has_tf32(device):
+            raise Refused(f"--dtype tf32 is for NVIDIA GPUs from Ampere on, and this is {device}: "
+                          f"give --dtype fp32")
+        return torch.float32, "--dtype tf32: products of fp32 numbers rounded to TF32"
     if name != "auto":
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[name], f"--dtype {name}"
     if device.type == "cuda":
@@ -63,6 +72,25 @@ def pick_dtype(name, device):
         has_bf16, unit = False, "measured bf16 units"
     return ((torch.bfloat16, f"{device.type} with {unit}") if has_bf16
             else (torch.float32, f"{device.type} without {unit}"))
+
+
+def has_tf32(device):
+    """Whether it multiplies matrices of fp32 numbers rounded to TF32's ten bits: NVIDIA's from Ampere on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@contextlib.contextmanager
+def tensor_float(on):
+    """Inside, fp32 products and convolutions of a GPU round their factors to TF32's ten bits where `on`."""
+    libraries = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [library.allow_tf32 for library in libraries]
+    for library in libraries:
+        library.allow_tf32 = on
+    try:
+        yield
+    finally:
+        for library, value in zip(libraries, before, strict=True):
+            library.allow_tf32 = value
 
 
 COMPILE_FLOPS = {"cpu": 2e13, "cuda": 5e15}
@@ -127,6 +155,29 @@ def evaluation_batch(forward, encoder, device, dtype):
     while batch > 8 and batch * each > torch.cuda.mem_get_info(device)[0] / 4:
         batch //= 2
     return batch
+
+
+def training_batch(step, batch_size, device):
+    """Inputs that train at a time: all of a step's, or on a GPU a half, a quarter ... of them, where all do
+    not fit.
+
+    step     function of a number of inputs: their forward and backward pass. What one more input takes is
+             measured at 4 and 8; all may take half of the memory that is free
+    """
+    if device.type != "cuda":
+        return batch_size
+    peaks = []
+    for n in (4, 8):
+        step(n)                                            # the first call also loads kernels
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step(n)
+        peaks.append(torch.cuda.max_memory_allocated(device) - before)
+    torch.cuda.empty_cache()
+    each, free = (peaks[1] - peaks[0]) / 4, torch.cuda.mem_get_info(device)[0]
+    while batch_size > 1 and batch_size * each > free / 2:
+        batch_size = -(-batch_size // 2)
+    return batch_size
 
 
 # --------------------------------------------------------------------------------------- memory and disk

@@ -11,7 +11,7 @@ import numpy as np
 from lib.files import Refused
 
 
-def stage_parser(docstring):
+def stage_parser(docstring, dtypes=("auto", "bf16", "fp32")):
     """A parser with the flags every stage has; `--help` shows the docstring with its pasteable commands."""
     from lib.encoders import ENCODERS
     parser = flag_parser(docstring)
@@ -26,7 +26,7 @@ def stage_parser(docstring):
         help="pixels; position embeddings are resampled (default: the checkpoint's own)")
     add("--runs", type=folder, default=Path("runs"), help="where results go (default: runs)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
-    add("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
+    add("--dtype", choices=dtypes, default="auto",
         help="of the forward pass (auto: bf16 where the hardware has it; disentangle.py fp32)")
     add("--compile", choices=["auto", "on", "off"], default="auto",
         help="auto: when the work ahead repays compiling")

@@ -14,6 +14,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import Evaluator
+from lib.devices import tensor_float
 from lib.encoders import weights_of
 from lib.files import Refused
 
@@ -48,12 +49,18 @@ def plain_attention():
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
+def batch_norms(module):
+    """Names of its batch norms."""
+    kind = torch.nn.modules.batchnorm._BatchNorm
+    return [name for name, part in module.named_modules() if isinstance(part, kind)]
+
+
 def refuse_batch_norm(encoder):
     """Refused where features also depend on running statistics, for which there is no derivative."""
-    for name, part in encoder.module.named_modules():
-        if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
-            raise Refused(f"{encoder.name} has batch norms ({name}): their running statistics have no "
-                          f"derivative, so that it cannot be linearized")
+    found = batch_norms(encoder.module)
+    if found:
+        raise Refused(f"{encoder.name} has batch norms ({found[0]}): their running statistics have no "
+                      f"derivative, so that it cannot be linearized")
 
 
 def names_once(module):
@@ -91,6 +98,9 @@ class LinearizedEvaluator(Evaluator):
         refuse_batch_norm(encoder)
         super().__init__(encoder, *machine, **more)
 
+    def example_pass(self, inputs):
+        return expand(self.module, self.slots, self.slots, inputs)    # theta_pre in place of a vector
+
     def use_vectors(self, vectors):
         self.vectors = []
         for vector in vectors:
@@ -125,8 +135,9 @@ class LinearizedEvaluator(Evaluator):
                 first = begin + i * batch
                 last = min(first + batch, total)
                 for t, vector in enumerate(self.vectors, 1):
-                    value, tangent = expand(self.module, self.slots, vector,
-                                            inputs[i * batch:(i + 1) * batch])
+                    with tensor_float(self.tf32):
+                        value, tangent = expand(self.module, self.slots, vector,
+                                                inputs[i * batch:(i + 1) * batch])
                     terms[t, first:last] = tangent[:last - first].float()
                 terms[0, first:last] = value[:last - first].float()
         return terms

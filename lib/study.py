@@ -90,6 +90,7 @@ class Study:
         asked = None if args.tasks is None else common.task_sources(args.tasks, args.data, recorded)
         self.device = pick_device(args.device)
         self.dtype, self.dtype_reason = pick_dtype(args.dtype, self.device)
+        self.tf32 = args.dtype == "tf32"
         self.encoder = encoders.load_encoder(args.encoder, args.runs, args.weights, args.image_size)
         self.sources = asked or recorded or self.default_sources(args.data)
 
@@ -105,6 +106,11 @@ class Study:
     def default_sources(self, data):
         """The tasks an encoder's description names, else the paper's eight."""
         return common.task_sources(",".join(self.encoder.description["tasks"] or common.TASKS), data)
+
+    @property
+    def precision(self):
+        """The forward pass's dtype in a word, for a result's config."""
+        return "tf32" if self.tf32 else str(self.dtype)[6:]
 
     @functools.cached_property
     def tasks(self):
@@ -219,12 +225,12 @@ class Study:
         work = images if alone else images / ranks.world()
         compiled, why = compile_pays(mode, self.device, self.encoder, work)
         kind = LinearizedEvaluator if linear else common.Evaluator
-        evaluator = kind(self.encoder, self.device, self.dtype, compiled, alone)
+        evaluator = kind(self.encoder, self.device, self.dtype, compiled, alone, self.tf32)
         failed = evaluator.compile_now() if compiled else ""
         if failed and mode == "on":
             raise Refused(f"--compile on: {failed}; leave it out to go on without")
         compiled, why = compiled and not failed, failed or why
-        print(f"evaluator: {str(self.dtype)[6:]} ({self.dtype_reason}), batch {evaluator.batch_size}, "
+        print(f"evaluator: {self.precision} ({self.dtype_reason}), batch {evaluator.batch_size}, "
               f"{'compiled' if compiled else 'eager'} ({why})", flush=True)
         return evaluator
 

@@ -289,7 +289,7 @@ def test_training_that_drops_paths_depends_on_its_seed_alone(small_encoder, tmp_
     chosen, state = finetune.RECIPES[recipe], tmp_path / "a.state"
 
     def trained(seed, steps=6, state=None):
-        plan = {"lr": 1e-3, "steps": steps, "batch_size": 8, "seed": seed}
+        plan = {"lr": 1e-3, "steps": steps, "batch_size": 8, "micro_batch": 8, "seed": seed}
         torch.rand(seed + 7)                               # whatever was drawn before
         module = copying.deepcopy(encoder.module).train()
         forward = linearized.forward(module, encoder, CPU) if chosen.linear else module

@@ -11,7 +11,7 @@ from conftest import STAGES, TASKS, contents, edit, perform, refuse, snapshot, s
 from lib.code import code_of
 
 ALL_TASKS = ["--tasks", ",".join(TASKS)]
-LOSS = "loss = F.cross_entropy(logits(features, head), labels[rows])"
+LOSS = "loss = F.cross_entropy(logits(features, head), answers)"
 SMOOTHED = LOSS[:-1] + ", label_smoothing=0.1)"
 
 

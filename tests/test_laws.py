@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 
 import common
 import disentangle
@@ -18,7 +17,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TASKS, perform, refuse
+from conftest import TASKS, perform, refuse
 
 from lib import devices, encoders, files, generated, images, linearized, training, vectors
 from lib.encoders import weights_of
@@ -448,98 +447,6 @@ def test_pictures_are_resized_in_two_passes_on_every_device_but_a_cpu(monkeypatc
         stored = torch.zeros(2, 3, 12, 12, dtype=torch.uint8, device=device)
         assert images.fit(stored, 18, 20).shape == (2, 3, 18, 18)
     assert resized == ["meta"]
-
-
-# --------------------------------------------------------------------------------------- devices
-
-
-def test_fp32_is_fp32_in_convolutions_and_products(monkeypatch):
-    for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):
-        backend.allow_tf32 = True
-    devices.pick_device("cpu")
-    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
-
-
-def test_a_gpu_that_torch_cannot_use_is_refused_and_not_replaced_by_months_of_cpu(monkeypatch):
-    """On this machine torch finds no GPU: as with a driver too old for it, or torch's build for CPUs."""
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    monkeypatch.setattr(devices, "nvidia_driver", lambda: "NVIDIA UNIX x86_64 Kernel Module  470.1")
-    for name in ("auto", "cuda"):
-        unusable = rf"--device {name}: cuda is not usable.*470\.1.*install a torch"
-        with pytest.raises(files.Refused, match=unusable):
-            devices.pick_device(name)
-    assert devices.pick_device("cpu").type == "cpu"
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")         # whoever hides the GPU wants the CPU
-    assert devices.pick_device("auto").type == "cpu"
-
-
-def test_a_device_without_code_for_products_is_found_out_at_once(monkeypatch):
-    """As a V100 under a build without sm_70: it allocates, and fails at its first kernel."""
-    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda *_: (_ for _ in ()).throw(
-        RuntimeError("CUDA error: no kernel image is available for execution on the device")))
-    with pytest.raises(files.Refused, match="no kernel image is available"):
-        devices.pick_device("cpu")
-
-
-def test_a_gpu_by_its_number_is_refused_under_torchrun(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(files.Refused, match="cuda:1 under torchrun: give --device cuda"):
-        devices.pick_device("cuda:1")
-
-
-def test_nothing_is_compiled_without_a_compiler_or_the_headers_of_python(monkeypatch, small_encoder):
-    for device in (CPU, torch.device("cuda")):
-        assert devices.compile_pays("on", device, small_encoder, 1)[0]
-        with monkeypatch.context() as without:
-            without.setattr(devices.sysconfig, "get_path", lambda _: "/nowhere")
-            assert devices.compile_pays("on", device, small_encoder, 1) == \
-                (False, "no Python.h here, as of a package python3-dev")
-        with monkeypatch.context() as without:
-            without.setenv("PATH", "/nowhere")
-            for variable in ("CC", "CXX"):
-                without.delenv(variable, raising=False)
-            assert "no compiler here" in devices.compile_pays("on", device, small_encoder, 1)[1]
-
-
-def test_a_compiler_that_fails_leaves_the_evaluator_eager_with_a_line(study, monkeypatch, capsys, tmp_path):
-    torch._dynamo.reset()
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))            # where nothing is compiled yet
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/bin/false",))
-    there = opened(study, "--tasks", "signs")
-    there.compile = "auto"
-    monkeypatch.setattr(devices, "COMPILE_FLOPS", {"cpu": 0})
-    evaluator = there.evaluator(1)
-    assert "eager (compiling failed:" in capsys.readouterr().out
-    [[hits]] = evaluator.hits([there.tasks["signs"].splits["test"]], [there.heads["signs"]], [()])
-    assert hits == read(study / "tiny/probe.json")["tasks"]["signs"]["paper"]["hits_test"]
-    there.compile = "on"
-    with pytest.raises(files.Refused, match="--compile on: compiling failed"):
-        there.evaluator(1)
-    torch._dynamo.reset()
-
-
-PEAK = """
-import sys
-import numpy as np
-import torch
-from lib import devices
-cpu, mib = torch.device("cpu"), 2 ** 20
-devices.reset_peak_memory(cpu)
-before, pixels = devices.peak_memory(cpu), np.load(sys.argv[1], mmap_mode="r")
-assert pixels[::4096].sum() == 32 * 1024               # touches every page
-assert abs(devices.peak_memory(cpu) - before) < 32 * mib
-allocated = np.ones(128 * mib, dtype=np.uint8)
-del allocated
-assert 96 * mib < devices.peak_memory(cpu) - before < 160 * mib
-"""
-
-
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak starts anew on Linux")
-def test_peak_memory_counts_what_was_allocated_and_no_mapped_files(tmp_path):
-    np.save(tmp_path / "pixels.npy", np.ones(128 * 2 ** 20, dtype=np.uint8))
-    # in a process of its own: here another test's memory may be given back in between
-    subprocess.run([sys.executable, "-c", PEAK, tmp_path / "pixels.npy"], cwd=ROOT, check=True)
 
 
 # --------------------------------------------------------------------------------------- files

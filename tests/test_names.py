@@ -240,7 +240,7 @@ def test_a_name_that_is_a_recipe_chooses_it_and_any_other_goes_with_any_recipe()
 def sam(code_copy):
     """A copy of finetune.py with another loss."""
     path = shutil.copy(code_copy / "finetune.py", code_copy / "finetune_sam.py")
-    loss = "loss = F.cross_entropy(logits(features, head), labels[rows])"
+    loss = "loss = F.cross_entropy(logits(features, head), answers)"
     edit(path, loss, loss[:-1] + ", label_smoothing=0.1)")
     return path
 

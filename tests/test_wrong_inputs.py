@@ -33,10 +33,11 @@ ALL_TASKS = ["--tasks", ",".join(TASKS)]
 
 WRONG = {  # {stage: {flag: values it does not take}}
     "finetune": {"--steps": ["0", "-1", "x", "1.5", str(10 ** 12), "9" * 5000], "--batch-size": ["0", "x"],
+                 "--micro-batch": ["0", "-1", "x"],
                  "--seed": ["-1", "1.5", "x", str(10 ** 19), "9" * 5000],
                  "--runs": ["", __file__], "--data": ["", __file__],
                  "--lr": ["0", "-1", "nan", "inf", "x"], "--save-minutes": ["0", "-2", "x"],
-                 "--image-size": ["0", "x"], "--dtype": ["fp8", "bfloat16"], "--compile": ["yes"],
+                 "--image-size": ["0", "x"], "--dtype": ["fp8", "tf32"], "--compile": ["yes"],
                  "--recipe": ["Aligned", "attention-full"],
                  "--name": ["", "..", "../x", "/x", "a/b", "a b", "-x", ".x", "é",
                             "heads", "features", "state", "earlier"]},
