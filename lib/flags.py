@@ -4,6 +4,7 @@ The flags that stages share, spelt alike, and argparse types that say what is wr
 import argparse
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,12 @@ def complain(stage, message):
     """One line on stderr; returns exit code 2."""
     print(f"{stage}: {' '.join(str(message).split())}", file=sys.stderr)
     return 2
+
+
+def have_home():
+    """A folder for caches where the user has none: an id that no passwd entry names, and no HOME."""
+    if os.path.expanduser("~") == "~":
+        os.environ["HOME"] = os.path.join(tempfile.gettempdir(), f"home-{os.getuid()}")
 
 
 def speak_utf8():

@@ -123,15 +123,21 @@ def refuse_cache(which, error):
     import datasets
     import huggingface_hub
     caches = str(datasets.config.HF_DATASETS_CACHE), str(huggingface_hub.constants.HF_HUB_CACHE)
-    cause = error
-    while cause:
+    cause, reason = error, ""
+    while cause and not reason:
         full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         there = str(getattr(cause, "filename", None)).startswith(caches)
         if full or there and not isinstance(cause, FileNotFoundError) or "disk space" in str(cause):
             reason = " ".join(str(cause).split())[:200]
-            raise Refused(f"{which} cannot be copied to the caches {' and '.join(caches)} ({reason}): free "
-                          f"space there, or let HF_HOME name a folder that can be written") from error
         cause = cause.__cause__ or cause.__context__
+    try:
+        for cache in caches:
+            Path(cache).mkdir(parents=True, exist_ok=True)
+    except OSError as problem:                              # a home that is not there, or not one's own
+        reason = reason or f"{problem.strerror}: {problem.filename}"
+    if reason:
+        raise Refused(f"{which} cannot be copied to the caches {' and '.join(caches)} ({reason}): free space "
+                      f"there, or let HF_HOME name a folder that can be written") from error
 
 
 def image_folder(source):

@@ -26,7 +26,7 @@ import common
 from lib import encoders, ranks
 from lib.devices import compile_pays, pick_device, pick_dtype
 from lib.files import Refused, file_metadata, read_json
-from lib.flags import complain, speak_utf8
+from lib.flags import complain, have_home, speak_utf8
 from lib.linearized import LinearizedEvaluator
 from lib.results import Result, jsonable, refuse_other_settings
 from lib.vectors import head_file, probe_file, vector_metadata
@@ -41,6 +41,7 @@ OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.E
 def run(main, parse_args):
     """Run a stage from the command line: a refusal is one line and exit code 2, a bug keeps its traceback."""
     speak_utf8()
+    have_home()
     stage = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))    # so that temporary files are removed
     if ranks.rank() > 0:

@@ -13,6 +13,7 @@ import sys
 import types
 import unicodedata
 import zlib
+from pathlib import Path
 
 import common
 import datasets
@@ -286,12 +287,32 @@ def test_an_ascii_locale_reads_paths_and_classes_in_any_alphabet(tmp_path):
     assert (folder / "classes").read_text(encoding="utf-8") == "Kätzchen 犬"
 
 
-@pytest.mark.parametrize("trouble", ["unwritable", "full", "file too large", "not enough"])
+def test_a_user_without_a_passwd_entry_and_a_home_has_one_for_caches(monkeypatch):
+    """Without it a folder called ~ appears where the command was typed."""
+    from lib import flags
+
+    def nobody(_):
+        raise KeyError("uid not found")
+
+    home = os.environ["HOME"]
+    flags.have_home()
+    assert os.environ["HOME"] == home                      # whoever has one keeps it
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    assert os.path.expanduser("~/.cache") == "~/.cache"
+    flags.have_home()
+    assert os.path.isabs(os.path.expanduser("~/.cache"))
+
+
+@pytest.mark.parametrize("trouble", ["nowhere", "unwritable", "full", "file too large", "not enough"])
 def test_a_full_or_unwritable_cache_of_datasets_is_named_and_not_the_data(tmp_path, monkeypatch, trouble):
     folder = tables(tmp_path / "pets", train={"label": [0, 1]}, test={"label": [0, 1]})
     cache = tmp_path / "cache"
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-    if trouble == "unwritable":
+    if trouble == "nowhere":                               # below a home that is not there
+        cache = Path("/proc/nowhere/cache")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    elif trouble == "unwritable":
         cache.write_text("a file where a folder should be")
     elif trouble == "not enough":
         monkeypatch.setattr("datasets.builder.has_sufficient_disk_space", lambda *_, **__: False)
