@@ -1,4 +1,5 @@
 """Machines unlike this one, by emulation and stand-ins: what a GPU's memory, units and drivers decide."""
+import json
 import os
 import subprocess
 import sys
@@ -254,3 +255,37 @@ def test_peak_memory_counts_what_was_allocated_and_no_mapped_files(tmp_path):
     np.save(tmp_path / "pixels.npy", np.ones(128 * 2 ** 20, dtype=np.uint8))
     # in a process of its own: here another test's memory may be given back in between
     subprocess.run([sys.executable, "-c", PEAK, tmp_path / "pixels.npy"], cwd=ROOT, check=True)
+
+
+# --------------------------------------------------------------------------------------- gpu_checks
+
+
+def test_gpu_checks_prove_on_a_cpu_what_they_can_and_name_what_they_skip(tmp_path, capsys, monkeypatch):
+    import gpu_checks
+    words = ["environment", "study", "ranks", "--device", "cpu", "--out", str(tmp_path / "checks.json")]
+    own, asked = gpu_checks.in_its_own_process, []
+
+    def process(name, device):
+        asked.append(name)
+        if name == "study":
+            return own(name, device)                        # a process indeed
+        if name == "ranks":
+            return {"status": "failed", "said": "Traceback"}
+        return {"status": "done", **gpu_checks.PARTS[name](torch.device(device))}
+
+    monkeypatch.setattr(gpu_checks, "in_its_own_process", process)
+    assert gpu_checks.main(gpu_checks.parse_args(words)) == 1
+    found = json.loads(capsys.readouterr().out)
+    parts = found["parts"]
+    assert parts["study"]["status"] == "skipped" and "needs a GPU" in parts["study"]["skipped"]
+    assert parts["environment"]["status"] == "done" and parts["environment"]["tf32"] is False
+    assert found["does not hold"] == ["ranks: failed"]
+    assert gpu_checks.main(gpu_checks.parse_args(words)) == 1
+    assert asked == ["environment", "study", "ranks", "ranks"]              # what failed is tried again
+
+
+def test_gpu_checks_compare_pixels_random_states_and_optimizers():
+    import gpu_checks
+    claims = gpu_checks.units(CPU)["claims"]
+    assert len(claims) == 5 and all(claim["holds"] for claim in claims.values())
+    assert not gpu_checks.claim(3, 2)["holds"]
