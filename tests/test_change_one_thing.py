@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, stage
+from conftest import ROOT, edit, stage
 
 TITLES = ["The loss", "The merging rule", "A task", "The encoder family", "The metric of the heat map"]
 README = (ROOT / "README.md").read_text()
@@ -42,6 +42,8 @@ def tree(copy, tmp_path):
 
 @pytest.mark.parametrize("title, recipe", RECIPES)
 def test_a_recipe_runs_from_a_copy_and_leaves_the_original_alone(tree, title, recipe):
+    if title == "The encoder family":                      # as many pictures as its few steps take
+        edit(tree / "lib/generated.py", "PRETRAINING_IMAGES = 8, 24000", "PRETRAINING_IMAGES = 8, 2400")
     before = {path: path.read_bytes() for path in (tree / "runs/tiny/aligned").glob("*.json")}
     commands, changed = apply(tree, recipe)
     assert 1 <= changed <= 10, f"{title}: {changed} lines"
