@@ -5,7 +5,7 @@ Weight disentanglement: how often adding another task's vector changes a task's 
     python disentangle.py tiny --pairs all --points 7 --samples 256
     python disentangle.py tiny --metric both --points 15 --limit 2    # predictions and features from one pass
     python disentangle.py vit_b16_dino --pairs cars-dtd,mnist-svhn
-    python disentangle.py vit_b16_dino --dtype tf32                   # on a GPU; precision.py has its floor
+    python disentangle.py vit_b16_dino --dtype fp32                   # on a GPU not in TF32
 
 Reads   runs/ENCODER/pretrained.safetensors, heads/ (probe.py), NAME/finetune.json,
         NAME/vectors/TASK.safetensors (make_vectors.py)
@@ -34,8 +34,8 @@ DEFAULTS = {"points": 25, "limit": 3.0, "samples": 2048}    # an encoder's own s
 
 
 def parse_args(argv=None):
-    parser = flags.stage_parser(__doc__, ["auto", "bf16", "fp32", "tf32"])
-    parser.set_defaults(dtype="fp32")        # bf16 alone flips more predictions than fine maps show
+    parser = flags.stage_parser(__doc__, ["fine", "auto", "bf16", "fp32", "tf32"])
+    parser.set_defaults(dtype="fine")        # bf16 alone flips more predictions than fine maps show
     flags.add_name(parser)
     add = parser.add_argument
     add("--pairs", default="first", help="A-B,C-D,... or all, or first: the first two tasks (default first)")

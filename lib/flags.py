@@ -28,7 +28,8 @@ def stage_parser(docstring, dtypes=("auto", "bf16", "fp32")):
     add("--runs", type=folder, default=Path("runs"), help="where results go (default: runs)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
     add("--dtype", choices=dtypes, default="auto",
-        help="of the forward pass (auto: bf16 where the hardware has it; disentangle.py fp32)")
+        help="of the forward pass (auto: bf16 where the hardware has it; default of disentangle.py fine: on "
+             "GPUs that have it TF32, else fp32)")
     add("--compile", choices=["auto", "on", "off"], default="auto",
         help="auto: when the work ahead repays compiling")
     add("--seed", type=natural, default=0,

@@ -24,7 +24,7 @@ import torch
 
 import common
 from lib import encoders, ranks
-from lib.devices import compile_pays, pick_device, pick_dtype
+from lib.devices import compile_pays, has_tf32, pick_device, pick_dtype
 from lib.files import Refused, file_metadata, read_json
 from lib.flags import complain, have_home, speak_utf8
 from lib.linearized import LinearizedEvaluator
@@ -90,8 +90,11 @@ class Study:
         recorded = self.recorded(before)
         asked = None if args.tasks is None else common.task_sources(args.tasks, args.data, recorded)
         self.device = pick_device(args.device)
-        self.dtype, self.dtype_reason = pick_dtype(args.dtype, self.device)
-        self.tf32 = args.dtype == "tf32"
+        precision = args.dtype
+        if precision == "fine":
+            precision = "tf32" if has_tf32(self.device) else "fp32"
+        self.dtype, self.dtype_reason = pick_dtype(precision, self.device)
+        self.tf32 = precision == "tf32"
         self.encoder = encoders.load_encoder(args.encoder, args.runs, args.weights, args.image_size)
         self.sources = asked or recorded or self.default_sources(args.data)
 

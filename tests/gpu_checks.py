@@ -309,7 +309,7 @@ def study(device):
             "probing": merge["probing"]["paper"]["absolute"],
             "claims": {"points between single-task accuracy here and on a CPU":
                        claim(abs(100 * merge["single_task_mean"] - 86.1), 2),
-                       "floor under xi in TF32, for which it may be the default of heat maps":
+                       "floor under xi in TF32, the default of heat maps":
                        claim(floors.get("xi_floor_tf32", 0), 0.01)}}
 
 

@@ -22,7 +22,6 @@ ELSEWHERE = {  # executed by other tests, on what they make
     "finetune vit_b16_clip_laion2b --recipe zeroshot": "test_text_heads.py",
     "probe open_clip:ARCH/TAG": "test_encoders_and_hub.py",
     "probe vit_b16_dino": "test_encoders_and_hub.py, from a stand-in hub",
-    "disentangle vit_b16_dino --dtype tf32": "test_machines.py, as if there were a GPU",
     "bench": "below, at a size that takes seconds",
 }
 SMALL = {  # settings behind what is printed; of two the last counts

@@ -11,10 +11,11 @@ import merge_eval
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import ROOT, TASKS, perform, refuse
+from tf32 import Ampere, to_tf32
 
 from lib import devices, encoders, files, linearized
+from lib import study as study_module
 from lib.study import open_study
 
 CPU = torch.device("cpu")
@@ -98,26 +99,6 @@ def test_a_compiler_that_fails_leaves_the_evaluator_eager_with_a_line(study, mon
 # --------------------------------------------------------------------------------------- TF32
 
 
-def to_tf32(x):
-    """float32 rounded to TF32's ten bits of mantissa, to the nearest, of two to the even one."""
-    bits = x.contiguous().view(torch.int32)
-    return ((bits + 0xFFF + (bits >> 13 & 1)) & ~0x1FFF).view(torch.float32)
-
-
-class Ampere(torch.overrides.TorchFunctionMode):
-    """A CPU that multiplies as an A100 does while it may: float32 factors are rounded to TF32."""
-
-    products = 0
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if torch.backends.cuda.matmul.allow_tf32 and function in (
-                F.linear, torch.conv2d, F.scaled_dot_product_attention, torch.matmul):
-            assert torch.backends.cudnn.allow_tf32
-            self.products += 1
-            args = [to_tf32(x) if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
-        return function(*args, **kwargs or {})
-
-
 def test_tf32_rounds_to_ten_bits():
     assert to_tf32(torch.tensor([1.0, 1 + 2 ** -10, 1 + 2 ** -11, 1 + 3 * 2 ** -11, -3.0])).tolist() == \
         [1.0, 1 + 2 ** -10, 1.0, 1 + 2 ** -9, -3.0]
@@ -146,17 +127,19 @@ def test_tf32_is_on_in_the_encoder_and_off_in_the_head_and_afterwards(study):
 
 
 def test_tf32_is_a_precision_of_heat_maps_on_gpus_that_have_it(study, monkeypatch, copy, capsys):
-    words = ["disentangle", "tiny", "--runs", copy, "--dtype", "tf32", "--points", "3", "--samples", "20"]
-    assert "--dtype tf32 is for NVIDIA GPUs from Ampere on" in refuse(*words)
+    words = ["disentangle", "tiny", "--runs", copy, "--points", "3", "--samples", "20"]
+    assert "--dtype tf32 is for NVIDIA GPUs from Ampere on" in refuse(*words, "--dtype", "tf32")
     for capability, there in (((7, 0), False), ((8, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
         assert devices.has_tf32(torch.device("cuda")) == there and not devices.has_tf32(CPU)
-    monkeypatch.setattr(devices, "has_tf32", lambda device: True)
-    with Ampere() as gpu:
-        perform(*words)
-    result = files.read_json(copy / "tiny/aligned/disentangle.json", "")
-    assert result["config"]["dtype"] == "tf32" and gpu.products > 0
-    assert "evaluator: tf32 (--dtype tf32" in capsys.readouterr().out
+    for there, dtype in ((False, "float32"), (True, "tf32")):              # the default
+        for module in (devices, study_module):
+            monkeypatch.setattr(module, "has_tf32", lambda _, found=there: found)
+        with Ampere() as gpu:
+            perform(*words)
+        result = files.read_json(copy / "tiny/aligned/disentangle.json", "")
+        assert result["config"]["dtype"] == dtype and (gpu.products > 0) == there
+        assert f"evaluator: {dtype} (--dtype {dtype.replace('float', 'fp')}" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------- memory
