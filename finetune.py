@@ -32,7 +32,7 @@ from lib.encoders import weights_of
 from lib.files import Refused, checksum, fingerprint, load_state, save_state, save_tensors
 from lib.progress import progress
 from lib.study import open_study, run
-from lib.training import batches, check_search, compare, learning_rate, search_task
+from lib.training import batches, check_search, choose_micro_batch, compare, learning_rate, search_task
 from lib.vectors import head_file, task_vector
 
 LEARNING_RATES = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
@@ -286,24 +286,6 @@ def choose_parameters(module, recipe, what):
         raise Refused(f"{what} would leave out {named} ({len(left_out)} matrices): "
                       f"recipes aligned and full train any encoder")
     return count
-
-
-def choose_micro_batch(asked, forward, module, encoder, batch_size, device, amp):
-    """Images that go through the encoder at a time: as asked, else all of a step's, on a GPU what fits.
-
-    forward  what trains the module, not compiled
-    Errors  Refused: a part of a step under batch norm, whose statistics are the whole batch's
-    """
-    def one_step(n):
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            forward(encoder.example(n).to(device)).float().sum().backward()
-        module.zero_grad()
-
-    micro_batch = min(asked or devices.training_batch(one_step, batch_size, device), batch_size)
-    if micro_batch < batch_size and linearized.batch_norms(module):
-        raise Refused(f"{encoder.name} has batch norms, which see the whole batch, and {batch_size} images "
-                      f"do not go through it at a time: give a --batch-size of {micro_batch}")
-    return micro_batch
 
 
 def training_forward(module, recipe, study, images):

@@ -5,7 +5,9 @@ import numpy as np
 import torch
 
 from common import mean
+from lib.devices import training_batch
 from lib.files import Refused, read_json
+from lib.linearized import batch_norms
 
 
 def learning_rate(step, steps, peak):
@@ -25,6 +27,24 @@ def batches(n, batch_size, steps, generator):
     for _ in range(-(-batch_size * steps // n)):
         orders.append(torch.randperm(n, device=generator.device, generator=generator))
     return torch.cat(orders)[: batch_size * steps].view(steps, batch_size)
+
+
+def choose_micro_batch(asked, forward, module, encoder, batch_size, device, amp):
+    """Images that go through the encoder at a time: as asked, else all of a step's, on a GPU what fits.
+
+    forward  what trains the module, not compiled
+    Errors   Refused: a part of a step under batch norm, whose statistics are the whole batch's
+    """
+    def one_step(n):
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            forward(encoder.example(n).to(device)).float().sum().backward()
+        module.zero_grad()
+
+    micro_batch = min(asked or training_batch(one_step, batch_size, device), batch_size)
+    if micro_batch < batch_size and batch_norms(module):
+        raise Refused(f"{encoder.name} has batch norms, which see the whole batch, and {batch_size} images "
+                      f"do not go through it at a time: give a --batch-size of {micro_batch}")
+    return micro_batch
 
 
 def search_task(names):

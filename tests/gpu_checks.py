@@ -29,6 +29,7 @@ from lib import devices, encoders, files, images
 from lib.flags import flag_parser
 from lib.results import provenance
 from lib.study import run
+from lib.training import choose_micro_batch
 
 SECONDS = 590                                               # a part's at most
 
@@ -239,7 +240,7 @@ def training(device):
                                     finetune.RECIPES["aligned"], plan, amp)
         found[f"aligned, {size} at a time"] = {key: cost[key] for key in ("peak_memory_bytes", "final_loss")}
         losses.append(cost["final_loss"])
-    chosen = finetune.choose_micro_batch(None, module, module, encoder, batch, device, amp)
+    chosen = choose_micro_batch(None, module, module, encoder, batch, device, amp)
     return {"encoder": encoder.name, "batch": batch, "steps": steps, "recipes": found, "micro_batch": chosen,
             "claims": {"relative loss between micro-batches and a whole batch":
                        claim(abs(losses[0] / losses[1] - 1), 0.02 if amp else 1e-4)}}

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, TASKS, perform, refuse
 from tf32 import Ampere, to_tf32
 
-from lib import devices, encoders, files, linearized
+from lib import devices, encoders, files, linearized, training
 from lib import study as study_module
 from lib.study import open_study
 
@@ -200,9 +200,9 @@ def test_micro_batches_train_as_the_whole_batch_does(small_encoder):
 
 def test_micro_batches_of_a_batch_norm_are_refused(small_encoder):
     module = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 4), torch.nn.BatchNorm2d(8))
-    assert finetune.choose_micro_batch(9, module, module, small_encoder, 8, CPU, False) == 8
+    assert training.choose_micro_batch(9, module, module, small_encoder, 8, CPU, False) == 8
     with pytest.raises(files.Refused, match="batch norms.*give a --batch-size of 4"):
-        finetune.choose_micro_batch(4, module, module, small_encoder, 8, CPU, False)
+        training.choose_micro_batch(4, module, module, small_encoder, 8, CPU, False)
 
 
 def test_micro_batches_are_said_and_no_setting(copy, capsys):
