@@ -1,4 +1,5 @@
 """The README's recipes under "Change one thing", applied to a copy as they are printed, and run."""
+import json
 import re
 import shlex
 import shutil
@@ -17,12 +18,23 @@ SMALL = {  # what makes a stage short, after what is printed
     "disentangle": ["--points", "3", "--samples", "50"],
 }
 TASKS = ["--tasks", "glyphs"]  # for an encoder that has none yet
-RUN_ALL = """  # one process for a recipe's commands: importing torch for each takes most of the time
-import runpy, shlex, sys
-for command in sys.argv[1:]:
-    sys.argv = shlex.split(command)[1:]
-    sys.path[0] = "."
-    runpy.run_path(sys.argv[0], run_name="__main__")
+RUN_ALL = """  # one process for all recipes: importing torch for each command takes most of the time
+import contextlib, json, os, runpy, shlex, sys, traceback
+for tree, commands in json.loads(sys.argv[1]).items():
+    os.chdir(tree)
+    sys.path[0] = tree
+    for name in [name for name, module in sys.modules.items()
+                 if not {"site-packages", "lib-dynload"} & set((getattr(module, "__file__", "") or "").split("/"))
+                 and (name == "common" or name.split(".")[0] == "lib" or os.path.exists(f"{name}.py"))]:
+        del sys.modules[name]
+    with (open("output", "w", buffering=1) as output, contextlib.redirect_stdout(output),
+          contextlib.redirect_stderr(output)):
+        try:
+            for command in commands:
+                sys.argv = shlex.split(command)[1:]
+                runpy.run_path(sys.argv[0], run_name="__main__")
+        except BaseException:
+            traceback.print_exc()
 """
 
 
@@ -30,28 +42,38 @@ def test_there_are_five_recipes():
     assert [title for title, _ in RECIPES] == TITLES
 
 
-@pytest.fixture
-def tree(copy, tmp_path):
-    """A copy of the project with the small study's results in its runs folder."""
-    project = tmp_path / "project"
-    left_out = shutil.ignore_patterns("runs*", ".git", ".venv", "tests", "__pycache__")
-    shutil.copytree(ROOT, project, ignore=left_out)
-    shutil.move(copy, project / "runs")
-    return project
+@pytest.fixture(scope="module")
+def applied(study, tmp_path_factory):
+    """{title: a copy of the project and the small study's results, in which its recipe has run}, and its lines.
+
+    What the commands said is in `output`.
+    """
+    trees, commands, lines, left_out = {}, {}, {}, shutil.ignore_patterns(
+        "runs*", ".git", ".venv", "tests", "__pycache__")
+    for title, recipe in RECIPES:
+        trees[title] = tree = tmp_path_factory.mktemp("recipe") / "project"
+        shutil.copytree(ROOT, tree, ignore=left_out)
+        shutil.copytree(study, tree / "runs")
+        if title == "The encoder family":                  # as many pictures as its few steps take
+            edit(tree / "lib/generated.py", "PRETRAINING_IMAGES = 8, 24000", "PRETRAINING_IMAGES = 8, 2400")
+        printed, lines[title] = apply(tree, recipe)
+        commands[str(tree)] = [*map(shortened, printed), "python report.py"]
+    finished = stage(sys.executable, "-c", RUN_ALL, json.dumps(commands))
+    assert finished.returncode == 0, finished.stderr
+    return trees, lines
 
 
-@pytest.mark.parametrize("title, recipe", RECIPES)
-def test_a_recipe_runs_from_a_copy_and_leaves_the_original_alone(tree, title, recipe):
-    if title == "The encoder family":                      # as many pictures as its few steps take
-        edit(tree / "lib/generated.py", "PRETRAINING_IMAGES = 8, 24000", "PRETRAINING_IMAGES = 8, 2400")
-    before = {path: path.read_bytes() for path in (tree / "runs/tiny/aligned").glob("*.json")}
-    commands, changed = apply(tree, recipe)
+@pytest.mark.xdist_group("recipes")
+@pytest.mark.parametrize("title", TITLES)
+def test_a_recipe_runs_from_a_copy_and_leaves_the_original_alone(study, applied, title):
+    tree, changed = applied[0][title], applied[1][title]
+    said = (tree / "output").read_text()
+    assert "Traceback" not in said and "report.html" in said, said
+    assert "nothing to do" not in said
     assert 1 <= changed <= 10, f"{title}: {changed} lines"
-    finished = stage(sys.executable, "-c", RUN_ALL, *map(shortened, commands), "python report.py", cwd=tree)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert "nothing to do" not in finished.stdout
     if title not in ("A task", "The metric of the heat map"):
-        assert {path: path.read_bytes() for path in before} == before
+        for path in (study / "tiny/aligned").glob("*.json"):
+            assert (tree / "runs/tiny/aligned" / path.name).read_bytes() == path.read_bytes()
     report = (tree / "runs/report/report.md").read_text()
     shown = {"The loss": "| tiny | smooth | 3 |", "The merging rule": "| tiny | top | 3 |",
              "A task": "| rings |", "The encoder family": "| conv | aligned | 1 |"}
