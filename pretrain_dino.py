@@ -28,7 +28,7 @@ from lib.training import batches, learning_rate
 from pretrain import ARCHITECTURE, CLIP_NORM, SETTINGS, WEIGHT_DECAY
 
 HEAD = {"hidden": 256, "bottleneck": 64, "prototypes": 512}
-VIEWS = {"small": 2, "large_scale": (0.4, 1.0), "small_scale": (0.15, 0.4), "colours": 0.4}
+VIEWS = {"small": 2, "large_scale": (0.4, 1.0), "small_scale": (0.15, 0.4), "colours": 0.3}
 STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.04
 CENTRE_MOMENTUM, FIRST_MOMENTUM = 0.9, 0.99                # the teacher's rises to 1 along a cosine
 
@@ -42,9 +42,9 @@ class ProjectionHead(torch.nn.Module):
 
     def __init__(self, width, hidden, bottleneck, prototypes):
         super().__init__()
-        self.layers = torch.nn.Sequential(torch.nn.Linear(width, hidden), torch.nn.GELU(),
-                                          torch.nn.Linear(hidden, hidden), torch.nn.GELU(),
-                                          torch.nn.Linear(hidden, bottleneck))
+        self.layers = torch.nn.Sequential(torch.nn.Linear(width, hidden, bias=False), torch.nn.GELU(),
+                                          torch.nn.Linear(hidden, hidden, bias=False), torch.nn.GELU(),
+                                          torch.nn.Linear(hidden, bottleneck, bias=False))
         self.prototypes = torch.nn.Parameter(torch.randn(prototypes, bottleneck))
 
     def forward(self, features):

@@ -200,17 +200,19 @@ def random_views(stored, encoder, scale, strength, generator):
     """(B, 3, s, s) uint8 -> (B, 3, S, S) float32, normalised: random crops in other colours.
 
     scale      (least, most) share of the picture's area in a crop
-    strength   of the change of contrast, brightness and each channel; a fifth becomes grey
+    strength   of what happens to the colours: their deviations from the picture's mean are mixed by a random
+               matrix, which turns hues and may invert, and the mean moves by a quarter of the range; a fifth
+               of the crops becomes grey
     """
     crops = images.random_resized_crop(stored, encoder.size, generator, scale)
     n, device = len(crops), crops.device
-    draws = 2 * torch.rand(5, n, 1, 1, 1, device=device, generator=generator) - 1      # in [-1, 1)
-    gains = 1 + strength * (2 * torch.rand(n, 3, 1, 1, device=device, generator=generator) - 1)
-    middle = crops.mean((1, 2, 3), keepdim=True)
-    crops = (crops - middle) * (1 + strength * draws[0]) + middle + 255 * strength / 2 * draws[1]
-    crops = crops * gains
-    grey = crops.mean(1, keepdim=True).expand_as(crops)
-    crops = torch.where(draws[2] > 0.6, grey, crops).clamp(0, 255)
+    mix = strength * torch.randn(n, 3, 3, device=device, generator=generator)
+    mix = (torch.eye(3, device=device) + mix) / (1 + 3 * strength ** 2) ** 0.5     # keeps greys' contrast
+    shift = 255 / 4 * strength * torch.randn(n, 3, 1, 1, device=device, generator=generator)
+    mean = crops.mean((2, 3), keepdim=True)                # (B, 3, 1, 1)
+    crops = torch.einsum("bij,bjyx->biyx", mix, crops - mean) + mean + shift
+    grey = torch.rand(n, 1, 1, 1, device=device, generator=generator) < 0.2
+    crops = torch.where(grey, crops.mean(1, keepdim=True), crops).clamp(0, 255)
     return images.normalise(crops, encoder.mean, encoder.std)
 
 
