@@ -1,7 +1,7 @@
 """
 Pre-train the small encoder on pictures and captions, as CLIP is: which of a batch's captions is a picture's?
 
-    python pretrain_contrastive.py tiny-clip
+    python pretrain_contrastive.py tiny-clip                       # two minutes on one core
     python pretrain_contrastive.py slow-clip --checkpoints 0,25,100,400,1500   # also runs/slow-clip-step0 ...
     python pretrain_contrastive.py own-clip --tasks pets=FOLDER    # your own pictures, classes as captions
 

@@ -2,7 +2,7 @@
 Pre-train the small encoder by self-distillation: what it says of one view of a picture is what its teacher,
 its own running average, says of another view.
 
-    python pretrain_dino.py tiny-dino
+    python pretrain_dino.py tiny-dino                                   # four minutes on one core
     python pretrain_dino.py slow-dino --checkpoints 0,25,100,400,1500   # also runs/slow-dino-step0, ...
     python pretrain_dino.py own-dino --tasks pets=FOLDER                # on your own pictures, labels or none
 

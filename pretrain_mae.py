@@ -1,7 +1,7 @@
 """
 Pre-train the small encoder as a masked autoencoder: three patches of four are hidden and have to be guessed.
 
-    python pretrain_mae.py tiny-mae
+    python pretrain_mae.py tiny-mae                                    # two minutes on one core
     python pretrain_mae.py slow-mae --checkpoints 0,25,100,400,1500    # also runs/slow-mae-step0, ...
     python pretrain_mae.py own-mae --tasks pets=FOLDER                 # on your own pictures, labels or none
 
