@@ -252,7 +252,7 @@ def first_heads(recipe, study, paths, weights):
     """{task: the Head that fine-tuning starts from}."""
     if recipe.head == "text":
         from lib import text_heads
-        tower = text_heads.text_tower(study.encoder, weights)
+        tower = text_heads.text_tower(study.encoder, weights, study.folder)
     heads = {}
     for name, task in study.tasks.items():
         if recipe.head == "probed":

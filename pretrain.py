@@ -3,25 +3,26 @@ Train a small encoder from scratch: `tiny`, the offline stand-in for a real chec
 
     python pretrain.py tiny                      # a ViT of 0.8 M parameters, 32 x 32 generated images
     python pretrain.py tiny-short --pretrain-steps 300     # another, by this name an encoder of all stages
+    python pretrain.py slow --checkpoints 0,25,100,400,1500    # also runs/slow-step0, slow-step25, ...
+    python pretrain.py own --tasks pets=FOLDER             # on your own pictures, {train,test}/CLASS/*.jpg
 
-The pictures (lib/generated.py) share neither classes nor drawing style with the eight downstream tasks. Any
-other checkpoint of your own needs no stage: give it to probe.py with --weights.
+The pictures (lib/generated.py) share neither classes nor drawing style with the eight downstream tasks. This
+is the supervised scheme; pretrain_mae.py, pretrain_dino.py and pretrain_contrastive.py train the same encoder
+on the same pictures, each another way. Any other checkpoint of your own needs no stage: give it to probe.py
+with --weights.
 
-Writes  runs/ENCODER/pretrained.safetensors with its description: the tasks and the settings that later stages
-        take from it as defaults; pretrain.json
+Writes  runs/ENCODER/pretrained.safetensors with its description: scheme, step, images seen, and the tasks and
+        settings that later stages take from it as defaults; pretrain.json; for every step of --checkpoints
+        runs/ENCODER-stepSTEP/pretrained.safetensors, an encoder like any other; while it trains state/, from
+        which the same command continues after a kill, bit for bit on a CPU
 """
-import re
 import time
 
 import torch
 import torch.nn.functional as F
 
-from common import predict, random_head
-from lib import encoders, flags, generated
-from lib.devices import pick_device
-from lib.files import Refused
-from lib.progress import progress
-from lib.results import Result
+from common import Head, head_tensors, predict, random_head
+from lib import encoders, pretraining
 from lib.study import run
 from lib.training import batches, learning_rate
 
@@ -37,53 +38,39 @@ SETTINGS = {  # of later stages, sized for two CPU cores
 
 
 def parse_args(argv=None):
-    parser = flags.stage_parser(__doc__)
-    add = parser.add_argument
-    add("--pretrain-steps", type=flags.positive, default=1500, help="optimizer steps (default 1500)")
-    add("--batch-size", type=flags.positive, default=32, help="images per step (default 32)")
-    add("--lr", type=flags.positive_float, default=1e-3, help="peak learning rate (default 1e-3)")
-    return parser.parse_args(argv)
+    return pretraining.pretraining_parser(__doc__).parse_args(argv)
 
 
 def main(args):
     # ---------------------------------------------------- open
-    folder, device = args.runs / args.encoder, pick_device(args.device)
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", args.encoder) or encoders.ENCODERS.get(args.encoder):
-        raise Refused(f"{args.encoder} comes from the hub or from --weights FILE: "
-                      f"only tiny, or an encoder of a new name, is trained here")
-    if args.image_size not in (None, generated.SIDE) or args.weights:
-        raise Refused("tiny has 32-pixel images and makes its own weights: "
-                      "leave out --image-size and --weights")
-    config = {"encoder": args.encoder, "architecture": ARCHITECTURE, "steps": args.pretrain_steps,
-              "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed}
-    result = Result(folder / "pretrain.json", config, {}, __file__, device, args.overwrite, protected=True,
-                    weights=lambda row: [folder / "pretrained.safetensors"])
-    if not result.todo:
+    result, device = pretraining.open_result(args, __file__, ARCHITECTURE)
+    if result is None:
         return
 
-    # ---------------------------------------------------- images, module, head
-    start = time.perf_counter()
-    images, labels = (torch.from_numpy(array).to(device) for array in generated.draw_pretraining(args.seed))
-    drawing_seconds = time.perf_counter() - start
+    # ---------------------------------------------------- module, images, head
     torch.manual_seed(args.seed)                           # timm initialises from the global generator
     module = encoders.build_architecture(ARCHITECTURE).to(device).train()
     with torch.no_grad():
         module.pos_embed.mul_(15)            # std .02 to .3: a short training never finds it otherwise
-    description = encoders.describe(module, ARCHITECTURE, generated.SIDE, (0.5,) * 3, (0.25,) * 3, 1.0,
-                                    encoder=args.encoder, tasks=list(generated.TASKS), defaults=SETTINGS)
+    description = pretraining.describe(args, module, ARCHITECTURE, SETTINGS, "supervised")
     encoder = encoders.as_encoder(module, description)
+    start = time.perf_counter()
+    pictures = pretraining.open_pictures(args, encoder, device, need_labels=True)
+    images, labels = pictures.images, pictures.labels
+    drawing_seconds = time.perf_counter() - start
     generator = torch.Generator(device).manual_seed(args.seed)
-    held_out = len(labels) // 20
-    order = torch.randperm(len(labels), device=device, generator=generator)
-    train, test = order[held_out:], order[:held_out]
-    head = random_head(encoder.width, int(labels.max()) + 1, generator)
-    parameters = [*module.parameters(), head.weight.requires_grad_(), head.bias.requires_grad_()]
+    train, test = pretraining.hold_out(len(images), device, generator)
+    drawn = random_head(encoder.width, int(labels.max()) + 1, generator)
+    trained_head = torch.nn.ParameterDict(head_tensors(drawn))
+    head = Head(trained_head["weight"], trained_head["bias"], normalise=False)
 
     # ---------------------------------------------------- AdamW, warm-up, cosine to 0
-    start = time.perf_counter()
+    parameters = [*module.parameters(), head.weight, head.bias]
     optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=WEIGHT_DECAY, fused=True)
-    bar = progress(batches(len(train), args.batch_size, args.pretrain_steps, generator), "pretrain", "step")
-    for step, batch in enumerate(bar):
+    order = batches(len(train), args.batch_size, args.pretrain_steps, generator)
+    parts = {"module": module, "head": trained_head, "optimizer": optimizer}
+    training = pretraining.Training(args, result, pictures, encoder, generator, parts)
+    for step, batch in training.steps(order):
         optimizer.param_groups[0]["lr"] = learning_rate(step, args.pretrain_steps, args.lr)
         rows = train[batch]
         features = module(encoder.prepare(images[rows]))   # (B, D)
@@ -92,24 +79,16 @@ def main(args):
         torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 100 == 99:
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    seconds = time.perf_counter() - start
+        training.after(step, loss)
 
     # ---------------------------------------------------- save, say
     module.eval()
     with torch.no_grad():
         features = torch.cat([module(encoder.prepare(images[rows])) for rows in test.split(256)])
-    hits = int((predict(features, head) == labels[test]).sum())
-    count = sum(parameter.numel() for parameter in module.parameters())
-    with result.saving():
-        encoders.save_encoder(folder / "pretrained.safetensors", module, description)
-        result.values |= {"accuracy": hits / held_out, "hits": hits, "n": held_out, "classes": len(head.bias),
-                          "parameters": count, "drawing_seconds": drawing_seconds, "seconds": seconds,
-                          "images_per_second": args.pretrain_steps * args.batch_size / seconds}
-    values = result.values
-    print(f"pretrain: {count} parameters, held-out accuracy {values['accuracy']:.4f} (n = {held_out}, "
-          f"{values['classes']} classes), {seconds:.0f} s, {values['images_per_second']:.0f} img/s")
+    hits, count = int((predict(features, head) == labels[test]).sum()), len(test)
+    said = training.finish({"accuracy": hits / count, "hits": hits, "n": count, "classes": len(head.bias),
+                            "drawing_seconds": drawing_seconds})
+    print(f"pretrain: held-out accuracy {hits / count:.4f} (n = {count}, {len(head.bias)} classes), {said}")
 
 
 if __name__ == "__main__":

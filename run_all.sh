@@ -2,6 +2,7 @@
 # The whole study for one encoder, every stage in turn. What is finished is skipped: kill it, start it again.
 #
 #   bash run_all.sh                             # tiny: offline, generated images, minutes on two CPU cores
+#   bash run_all.sh tiny-mae                    # the same encoder pre-trained otherwise; tiny-dino, tiny-clip
 #   bash run_all.sh vit_b16_dino                # the paper's eight tasks at 224 pixels (a GPU is advisable)
 #   bash run_all.sh vit_b16_dino --everything   # also full (of CLIP zeroshot too), and subsets of the tasks
 #   bash run_all.sh vit_b16_dino --attention    # also attention*, linearized, the tests of arXiv:2407.07089
@@ -15,9 +16,16 @@ refuse() { echo "run_all.sh: $1 (bash run_all.sh --help shows examples)" >&2; ex
 if [ "${1-}" = --help ] || [ "${1-}" = -h ]; then sed -n '2,/^set /{/^#/p}' run_all.sh; exit; fi
 encoder=tiny everything=no attention=no
 if [ $# -gt 0 ] && [[ $1 != -* ]]; then encoder=$1; shift; fi
+case $encoder in                                           # what is pre-trained here, and by which script
+  tiny) scheme=pretrain ;;
+  tiny-mae) scheme=pretrain_mae ;;
+  tiny-dino) scheme=pretrain_dino ;;
+  tiny-clip) scheme=pretrain_contrastive ;;
+  *) scheme= ;;
+esac
 
 # the flags of each stage
-shared=() pretrain=() probe=() finetune=() against=() search=() disentangle=() subsets=() report=()
+shared=() studied=() pretrain=() probe=() finetune=() against=() search=() disentangle=() subsets=() report=()
 while [ $# -gt 0 ]; do
   if [[ $1 == --*=* ]]; then set -- "${1%%=*}" "${1#*=}" "${@:2}"; fi
   case $1 in
@@ -25,8 +33,9 @@ while [ $# -gt 0 ]; do
     --attention) attention=yes; shift; continue ;;
     --overwrite) shared+=("$1"); shift; continue ;;
     --runs) report+=("$1" "${2-}"); stages=shared ;;
-    --tasks | --data | --weights | --image-size | --device | --dtype | --compile | --seed) stages=shared ;;
-    --pretrain-steps) [ "$encoder" = tiny ] || refuse "$1: $encoder comes trained"; stages=pretrain ;;
+    --tasks | --data) stages=studied ;;                    # the study's, not the pictures of a pre-training
+    --weights | --image-size | --device | --dtype | --compile | --seed) stages=shared ;;
+    --pretrain-steps | --checkpoints) [ "$scheme" ] || refuse "$1: $encoder comes trained"; stages=pretrain ;;
     --probe-steps | --probe-lr) stages=probe ;;
     --steps | --lr | --batch-size | --save-minutes) stages=finetune ;;
     --probe) stages=against ;;
@@ -44,12 +53,15 @@ source tests/setup.sh
 names=(aligned)
 if [ $everything = yes ]; then names+=(full); fi
 has_text="import sys; from lib.encoders import text_tower; sys.exit(not text_tower(sys.argv[1]))"
-if [ $everything = yes ] && python -c "$has_text" "$encoder"; then names+=(zeroshot zeroshot-full); fi
+if [ $everything = yes ] && { [ "$encoder" = tiny-clip ] || python -c "$has_text" "$encoder"; }; then
+  names+=(zeroshot zeroshot-full)
+fi
 if [ $attention = yes ]; then
   names+=(attention attention-bias attention-mlp attention-mlp-bias linearized); disentangle+=(--metric both)
 fi
 cd "$caller"                                               # whose folders relative paths mean
-if [ "$encoder" = tiny ]; then python "$here/pretrain.py" tiny "${shared[@]}" "${pretrain[@]}"; fi
+if [ "$scheme" ]; then python "$here/$scheme.py" "$encoder" "${shared[@]}" "${pretrain[@]}"; fi
+shared+=("${studied[@]}")
 python "$here/probe.py" "$encoder" "${shared[@]}" "${probe[@]}"
 for name in "${names[@]}"; do
   stage=("$encoder" --name "$name" "${shared[@]}")

@@ -106,7 +106,8 @@ def run_folder(runs, name):
     if sound and (name in ENCODERS or ":" in name or (folder / "pretrained.safetensors").exists()):
         return folder
     raise Refused(f"unknown encoder {name!r}{near(name, ENCODERS, 0.4)} (known: {', '.join(ENCODERS)}; "
-                  f"any other as timm:NAME or open_clip:ARCH/TAG, and what pretrain.py has made)")
+                  f"any other as timm:NAME or open_clip:ARCH/TAG, and what pretrain.py and pretrain_*.py "
+                  f"have made)")
 
 
 def load_encoder(name, runs, weights=None, image_size=None):

@@ -250,7 +250,9 @@ def draw_task(name, split, seed=0):
 def draw_pretraining(seed=0):
     """The pre-training set: scribbles, blobs, fractals, clouds; a class is one specimen in random poses.
 
-    Returns  images (24000, 3, 32, 32) uint8 and labels (24000,) int64 in [0, 96), balanced, in random order
+    Returns  images (24000, 3, 32, 32) uint8 and labels (24000,) int64 in [0, 96), balanced, in random order;
+             what was drawn {name: (24000, ...)}: see draw_specimens, and "cells" of a cloud's finer noise,
+             0 elsewhere (lib/captions.py puts it into words)
     """
     rng = np.random.default_rng([seed, PRETRAINING_NUMBER, 0])
     doodles = np.stack([doodle_field(rng) for _ in range(DOODLES)])  # (48, 96, 96)
@@ -259,11 +261,16 @@ def draw_pretraining(seed=0):
     classes = DOODLES + BLOBS + FRACTALS + CLOUDS
     labels = rng.permutation(np.arange(PRETRAINING_IMAGES) % classes).astype(np.int64)
     clouds = [cloud_recipe(rng) for _ in range(CLOUDS)]
-    images = np.empty((len(labels), 3, SIDE, SIDE), np.uint8)
+    images, parts = np.empty((len(labels), 3, SIDE, SIDE), np.uint8), []
     for start in range(0, len(labels), 1000):  # in parts, or the temporaries take gigabytes
         part = slice(start, start + 1000)
-        images[part] = draw_specimens(rng, labels[part], doodles, blobs, fractals, clouds)
-    return images, labels
+        images[part], drawn = draw_specimens(rng, labels[part], doodles, blobs, fractals, clouds)
+        parts.append(drawn)
+    finest = [0] * (classes - CLOUDS) + [max(first, second) for first, second, *_rest in clouds]
+    whole = {"cells": np.array(finest)[labels]}
+    for name in parts[0]:
+        whole[name] = np.concatenate([drawn[name] for drawn in parts])
+    return images, labels, whole
 
 
 def draw_specimens(rng, labels, doodles, blobs, fractals, clouds):
@@ -272,7 +279,9 @@ def draw_specimens(rng, labels, doodles, blobs, fractals, clouds):
     labels   (N,) int64: doodles first, then blobs, fractals, clouds
     doodles  (D, 96, 96) distance fields            blobs   (B, 96, 96) distance fields
     fractals (F, 1024, 2) points                    clouds  one cloud_recipe for each class
-    Returns  (N, 3, 32, 32) uint8
+    Returns  (N, 3, 32, 32) uint8, and what was drawn: "ground" and "pen", colours (N, 3); "centre" and "size"
+             (N, 2), "angle" (N,) in radians, clockwise (clouds have none of them); "width" (N,) of a doodle's
+             lines in pixels, 0 elsewhere
     """
     n = len(labels)
     ground, pen = two_colours(rng, n, .3, swapped=.1)
@@ -285,7 +294,9 @@ def draw_specimens(rng, labels, doodles, blobs, fractals, clouds):
     kind = labels
     here = np.flatnonzero(kind < len(doodles))  # the pictures that show a doodle
     distance = place(rng, doodles, kind[here], centre[here], size[here], angle[here], warp=.08)
-    coverage[here] = ink(distance, uniform(rng, .5, 1.8, len(here)))
+    width = np.zeros(n, np.float32)
+    width[here] = uniform(rng, .5, 1.8, len(here))
+    coverage[here] = ink(distance, width[here])
 
     kind = kind - len(doodles)
     here = np.flatnonzero((kind >= 0) & (kind < len(blobs)))
@@ -302,7 +313,8 @@ def draw_specimens(rng, labels, doodles, blobs, fractals, clouds):
         coverage[here] = cloud_coverage(rng, len(here), *recipe)
 
     paint(images, coverage, pen)
-    return finish(rng, images, .06)
+    drawn = {"ground": ground, "pen": pen, "centre": centre, "size": size, "angle": angle, "width": width}
+    return finish(rng, images, .06), drawn
 
 
 # --------------------------------------------------------------------------------------- contact sheets
@@ -332,7 +344,7 @@ def main(args):
     for name in TASKS:
         images, labels = draw_task(name, "train", args.seed)
         Image.fromarray(contact_sheet(images, labels)).save(os.path.join(args.folder, f"{name}.png"))
-    images, labels = draw_pretraining(args.seed)
+    images, labels, _ = draw_pretraining(args.seed)
     Image.fromarray(contact_sheet(images, labels)).save(os.path.join(args.folder, "pretraining.png"))
 
 

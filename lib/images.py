@@ -144,6 +144,12 @@ def normalise(images, mean, std):
     return (images.float() - on_device(mean, images.device)) / on_device(std, images.device)
 
 
+def as_pictures(prepared, mean, std):
+    """What normalise undone shows: (B, 3, S, S) float32 -> (B, S, S, 3) uint8 on the CPU, for plots."""
+    pixels = prepared * on_device(std, prepared.device) + on_device(mean, prepared.device)
+    return pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
 @functools.cache
 def on_device(channels, device):
     """Three numbers in [0, 1] as a (3, 1, 1) tensor in [0, 255]; made once: a copy to a GPU waits for it."""
@@ -151,15 +157,15 @@ def on_device(channels, device):
         return torch.tensor(channels, device=device).view(3, 1, 1) * 255
 
 
-def random_resized_crop(images, size, generator):
-    """torchvision's RandomResizedCrop(size, scale=(.9, 1), ratio=(3/4, 4/3), bicubic) for a whole batch.
+def random_resized_crop(images, size, generator, scale=(0.9, 1.0)):
+    """torchvision's RandomResizedCrop(size, scale, ratio=(3/4, 4/3), bicubic) for a whole batch.
 
     images   (B, 3, s, s) uint8, on the device that does the work
     Returns  (B, 3, size, size) float32 in [0, 255]; every image its own box, all of it where ten draws miss
     """
     batch, device = len(images), images.device
     uniform = torch.rand(4, 10, batch, device=device, generator=generator)
-    area = 0.9 + 0.1 * uniform[0]
+    area = scale[0] + (scale[1] - scale[0]) * uniform[0]
     ratio = torch.exp((2 * uniform[1] - 1) * np.log(4 / 3))
     width, height = (area * ratio).sqrt(), (area / ratio).sqrt()    # (10, B), fractions of the side
     fits = (width <= 1) & (height <= 1)

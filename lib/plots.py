@@ -214,3 +214,20 @@ def cosine_panels(path, matrices):
         ax.set_title(f"{variant}{said}", fontsize=8)
     fig.colorbar(image, ax=axes, label="cosine of task vectors", extend="max")
     return save(path, fig)
+
+
+# --------------------------------------------------------------------------------------- pre-training
+
+
+def picture_rows(path, rows, title):
+    """{label: n pictures (H, W, 3) uint8}: a row of pictures for each label."""
+    columns = max(len(row) for row in rows.values())
+    fig, axes = figure(columns + 1.2, len(rows) + 0.4, len(rows), columns, squeeze=False)
+    for line, (label, row) in zip(axes, rows.items(), strict=True):
+        for ax, picture in zip(line, row, strict=False):
+            ax.imshow(picture)
+        for ax in line:
+            ax.set(xticks=[], yticks=[], frame_on=False)
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+    fig.suptitle(title, fontsize=9)
+    return save(path, fig)

@@ -4,7 +4,7 @@ Zero-shot heads: a linear classifier made of a CLIP text tower's embeddings of c
     weight = exp(logit_scale) * normalise(mean over templates of normalise(text(template of class)))   (C, D)
 
 It acts on image features of unit length and has no bias (common.logits). Only encoders with a text tower have
-one.
+one: open_clip's, or the small one that pretrain_contrastive.py keeps beside its encoder.
 Source  arXiv:2511.14569 appendix B
 """
 import re
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 from common import Head
 from lib.encoders import download_clip_400m
-from lib.files import Refused
+from lib.captions import TEMPLATES as CAPTION_TEMPLATES
+from lib.files import Refused, load_tensors, save_tensors
 from lib.hub import checked_download, go_offline_if_unreachable
 
 TEMPLATES = {
@@ -46,17 +47,24 @@ def clean(name):
     return re.sub(r"[_/\s]+", " ", name).strip()
 
 
-def text_tower(encoder, weights=None):
-    """(open_clip model, tokenizer) whose image tower the encoder is.
+def text_tower(encoder, weights=None, folder=None):
+    """(model, tokenizer, templates): the open_clip model whose image tower an encoder is, or the small tower.
+
+    The templates are those of the small tower's captions, None for open_clip.
 
     weights  file of the whole CLIP checkpoint, for machines without a hub
-    Errors   Refused: an encoder without a text tower, another checkpoint's tower, an unreachable hub
+    folder   runs/ENCODER, where a small text tower is
+    Errors   Refused: an encoder without a text tower, another checkpoint's tower, an unreachable hub, a small
+             tower that is missing
     """
     name = encoder.description["text_tower"]
+    if name == TOWER_FILE:
+        tower = load_small_tower(folder, encoder)
+        return tower, tower.tokenize, CAPTION_TEMPLATES
     if not name:
         raise Refused(f"{encoder.name} has no text tower: a recipe whose head is from text needs a CLIP "
                       f"encoder (vit_b16_clip_laion400m, vit_b16_clip_laion2b, vit_l14_clip_laion2b, "
-                      f"open_clip:ARCH/TAG)")
+                      f"open_clip:ARCH/TAG, or of pretrain_contrastive.py)")
     import open_clip
     arch, _, tag = name.removeprefix("open_clip:").partition("/")
     try:
@@ -84,7 +92,7 @@ def text_tower(encoder, weights=None):
         raise Refused(f"the text tower's checkpoint has another image tower than "
                       f"runs/ENCODER/pretrained.safetensors of {encoder.name}: "
                       f"give the checkpoint that one was made from with --weights FILE")
-    return model, open_clip.get_tokenizer(arch)
+    return model, open_clip.get_tokenizer(arch), None
 
 
 def stem(module):
@@ -93,8 +101,10 @@ def stem(module):
 
 
 @torch.no_grad()
-def text_head(task, model, tokenizer, device):
-    """The common.Head of one task, weight (C, D), by the model and tokenizer of text_tower.
+def text_head(task, model, tokenizer, templates, device):
+    """The common.Head of one task, weight (C, D), by what text_tower returns.
+
+    templates   for all tasks; None: TEMPLATES, the task's own
 
     Errors  Refused: classes that have numbers for names
     """
@@ -103,9 +113,84 @@ def text_head(task, model, tokenizer, device):
                       f"names: store its labels as a ClassLabel feature (datasets), or as an image folder "
                       f"train/CLASS/*.jpg")
     model, rows = model.to(device), []
-    templates = TEMPLATES.get(task.name, GENERAL_TEMPLATES)
+    templates = templates or TEMPLATES.get(task.name, GENERAL_TEMPLATES)
     for name in task.classes:
         prompts = tokenizer([template.format(clean(name)) for template in templates]).to(device)
         embedded = F.normalize(model.encode_text(prompts), dim=1)
         rows.append(F.normalize(embedded.mean(0), dim=0))
     return Head((model.logit_scale.exp() * torch.stack(rows)).float(), None, normalise=True)
+
+
+# --------------------------------------------------------------------------------------- the small tower
+
+TOWER_FILE = "text_tower.safetensors"                      # beside the encoder of pretrain_contrastive.py
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+
+
+class SmallTextTower(torch.nn.Module):
+    """A text -> a feature as long as the image encoder's, by a transformer over words.
+
+    words   the captions' own, sorted; any other word is spelled, in letters that no training has met
+    """
+
+    def __init__(self, words, output_width, width, depth, heads, length=40):
+        super().__init__()
+        self.words, self.length = list(words), length
+        self.shape = {"output_width": output_width, "width": width, "depth": depth, "heads": heads,
+                      "length": length}
+        known = dict.fromkeys([*LETTERS, *self.words])       # each once, "a" is a letter and a word
+        self.number = {word: index for index, word in enumerate(known, 1)}         # 0 is padding
+        self.embed = torch.nn.Embedding(1 + len(self.number), width)
+        self.positions = torch.nn.Parameter(0.1 * torch.randn(length, width))
+        layer = torch.nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0, activation="gelu",
+                                                 batch_first=True, norm_first=True)
+        self.blocks = torch.nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.norm = torch.nn.LayerNorm(width)
+        self.project = torch.nn.Linear(width, output_width)
+        self.logit_scale = torch.nn.Parameter(torch.tensor(1 / 0.07).log())
+
+    def tokenize(self, texts):
+        """(N, length) int64 word numbers of N texts, 0 behind their ends; what is longer is cut."""
+        rows = torch.zeros(len(texts), self.length, dtype=torch.int64)
+        for row, text in zip(rows, texts, strict=True):
+            numbers = []
+            for word in split_words(text):
+                spelled = [word] if word in self.number else [letter for letter in word if letter in LETTERS]
+                numbers += [self.number[piece] for piece in spelled]
+            row[:len(numbers)] = torch.tensor(numbers[:self.length])
+        return rows
+
+    def encode_text(self, tokens):
+        """(N, length) word numbers -> (N, output_width)."""
+        tokens = tokens[:, :max(1, int((tokens > 0).sum(1).max()))]                # as long as the longest
+        there = tokens > 0                                                         # (N, L)
+        embedded = self.embed(tokens) + self.positions[:tokens.shape[1]]
+        read = self.norm(self.blocks(embedded, src_key_padding_mask=~there))       # (N, L, width)
+        return self.project((read * there[..., None]).sum(1) / there.sum(1, keepdim=True).clamp_min(1))
+
+
+def split_words(text):
+    return re.findall(r"\w+", text.lower())
+
+
+def words_of(phrases, templates):
+    """The words that occur in phrases and templates, sorted."""
+    words = set()
+    for text in [*phrases, *(template.format("") for template in templates)]:
+        words.update(split_words(text))
+    return sorted(words)
+
+
+def save_small_tower(folder, tower, theta_pre):
+    """Write a small text tower beside its encoder, whose SHA-256 is theta_pre."""
+    save_tensors(folder / TOWER_FILE, tower.state_dict(), theta_pre=theta_pre, words=tower.words,
+                 shape=tower.shape)
+
+
+def load_small_tower(folder, encoder):
+    """The small text tower of an encoder; Refused if it is missing or another encoder's."""
+    made_by = f"python pretrain_contrastive.py {encoder.name}"
+    weights, about = load_tensors(folder / TOWER_FILE, made_by, theta_pre=encoder.fingerprint)
+    tower = SmallTextTower(about["words"], **about["shape"])
+    tower.load_state_dict(weights)
+    return tower.eval()

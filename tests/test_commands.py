@@ -15,7 +15,8 @@ import timm
 import torch
 from conftest import ROOT, STAGES, TASKS, TIMM, image_folder, perform, stage
 
-SCRIPTS = ["pretrain", "probe", "finetune", "make_vectors", "merge_eval", "disentangle", "subsets", "posthoc",
+SCHEMES = ["pretrain", "pretrain_mae", "pretrain_dino", "pretrain_contrastive"]
+SCRIPTS = [*SCHEMES, "probe", "finetune", "make_vectors", "merge_eval", "disentangle", "subsets", "posthoc",
            "precision", "report", "bench"]
 PRINTED = re.compile(r"^(?:#   |    )(?:torchrun --nproc-per-node \d+ |python )(\w+)\.py(.*)$", re.M)
 ELSEWHERE = {  # executed by other tests, on what they make
@@ -25,7 +26,9 @@ ELSEWHERE = {  # executed by other tests, on what they make
     "bench": "below, at a size that takes seconds",
 }
 SMALL = {  # settings behind what is printed; of two the last counts
-    "pretrain": ["--pretrain-steps", "80"], "probe": [*STAGES["probe"], "--tasks", ",".join(TASKS)],
+    **dict.fromkeys(SCHEMES, ["--pretrain-steps", "3", "--checkpoints", "0,2"]),
+    "pretrain": ["--pretrain-steps", "80", "--checkpoints", "0,2"],
+    "probe": [*STAGES["probe"], "--tasks", ",".join(TASKS)],
     "finetune": ["--steps", "20", "--batch-size", "32"], "merge_eval": ["--lambdas", "4"],
     "disentangle": ["--points", "3", "--samples", "40"],
     "subsets": ["--lambdas", "3", "--images-per-task", "40"],
@@ -79,7 +82,8 @@ def as_run(command, runs):
         data = f"pets={folder / 'data/pets'}"
         words = [script, TIMM, "--weights", folder / "weights.pth", "--image-size", "32", "--tasks", data]
         return [*words, "--runs", runs, "--probe-steps", "3", "--probe-lr", "0.1"]
-    words = [WORDS.get(word, word) for word in words]
+    pets = {"pets=FOLDER": f"pets={folder / 'data/pets'}"}
+    words = [(WORDS | pets).get(word, word) for word in words]
     if script == "report":
         words = [runs.parent / word for word in words if word.startswith("runs-seed")]
         return [script, "--runs", runs, *(["--seeds", *words] if words else [])]
