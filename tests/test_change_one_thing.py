@@ -23,9 +23,7 @@ import contextlib, json, os, runpy, shlex, sys, traceback
 for tree, commands in json.loads(sys.argv[1]).items():
     os.chdir(tree)
     sys.path[0] = tree
-    for name in [name for name, module in sys.modules.items()
-                 if not {"site-packages", "lib-dynload"} & set((getattr(module, "__file__", "") or "").split("/"))
-                 and (name == "common" or name.split(".")[0] == "lib" or os.path.exists(f"{name}.py"))]:
+    for name in [name for name in sys.modules if name.split(".")[0] == "lib" or os.path.exists(f"{name}.py")]:
         del sys.modules[name]
     with (open("output", "w", buffering=1) as output, contextlib.redirect_stdout(output),
           contextlib.redirect_stderr(output)):
@@ -42,11 +40,11 @@ def test_there_are_five_recipes():
     assert [title for title, _ in RECIPES] == TITLES
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def applied(study, tmp_path_factory):
-    """{title: a copy of the project and the small study's results, in which its recipe has run}, and its lines.
+    """({title: a copy of the project and the study in which its recipe has run}, {title: lines it changes}).
 
-    What the commands said is in `output`.
+    What the commands said is in a copy's `output`.
     """
     trees, commands, lines, left_out = {}, {}, {}, shutil.ignore_patterns(
         "runs*", ".git", ".venv", "tests", "__pycache__")
