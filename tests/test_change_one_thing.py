@@ -6,7 +6,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import pytest
 from conftest import ROOT, edit, stage
 
 TITLES = ["The loss", "The merging rule", "A task", "The encoder family", "The metric of the heat map"]
@@ -40,46 +39,34 @@ def test_there_are_five_recipes():
     assert [title for title, _ in RECIPES] == TITLES
 
 
-@pytest.fixture(scope="session")
-def applied(study, tmp_path_factory):
-    """({title: a copy of the project and the study in which its recipe has run}, {title: lines it changes}).
-
-    What the commands said is in a copy's `output`.
-    """
-    trees, commands, lines, left_out = {}, {}, {}, shutil.ignore_patterns(
-        "runs*", ".git", ".venv", "tests", "__pycache__")
+def test_the_recipes_run_from_a_copy_and_leave_the_original_alone(study, tmp_path):
+    commands, changed = {}, {}
+    left_out = shutil.ignore_patterns("runs*", ".git", ".venv", "tests", "__pycache__")
     for title, recipe in RECIPES:
-        trees[title] = tree = tmp_path_factory.mktemp("recipe") / "project"
+        tree = tmp_path / title
         shutil.copytree(ROOT, tree, ignore=left_out)
         shutil.copytree(study, tree / "runs")
         if title == "The encoder family":                  # as many pictures as its few steps take
-            edit(tree / "lib/generated.py", "PRETRAINING_IMAGES = 8, 24000", "PRETRAINING_IMAGES = 8, 2400")
-        printed, lines[title] = apply(tree, recipe)
+            edit(tree / "lib/generated.py", "_IMAGES = 8, 24000", "_IMAGES = 8, 2400")
+        printed, changed[title] = apply(tree, recipe)
         commands[str(tree)] = [*map(shortened, printed), "python report.py"]
+    assert all(1 <= lines <= 10 for lines in changed.values()), changed
     finished = stage(sys.executable, "-c", RUN_ALL, json.dumps(commands))
     assert finished.returncode == 0, finished.stderr
-    return trees, lines
-
-
-@pytest.mark.xdist_group("recipes")
-@pytest.mark.parametrize("title", TITLES)
-def test_a_recipe_runs_from_a_copy_and_leaves_the_original_alone(study, applied, title):
-    tree, changed = applied[0][title], applied[1][title]
-    said = (tree / "output").read_text()
-    assert "Traceback" not in said and "report.html" in said, said
-    assert "nothing to do" not in said
-    assert 1 <= changed <= 10, f"{title}: {changed} lines"
-    if title not in ("A task", "The metric of the heat map"):
-        for path in (study / "tiny/aligned").glob("*.json"):
-            assert (tree / "runs/tiny/aligned" / path.name).read_bytes() == path.read_bytes()
-    report = (tree / "runs/report/report.md").read_text()
     shown = {"The loss": "| tiny | smooth | 3 |", "The merging rule": "| tiny | top | 3 |",
              "A task": "| rings |", "The encoder family": "| conv | aligned | 1 |"}
-    assert shown.get(title, "| tiny | aligned | 3 |") in report
-    if title == "The metric of the heat map":
-        assert (tree / "runs/tiny/aligned/angle/glyphs-signs.png").exists()
-    if title == "The merging rule":
-        assert "| tiny | aligned | 3 |" in report          # side by side
+    for title in TITLES:
+        said = (tmp_path / title / "output").read_text()
+        assert "Traceback" not in said and "report.html" in said and "nothing to do" not in said, said
+        runs = tmp_path / title / "runs"
+        if title not in ("A task", "The metric of the heat map"):
+            for path in (study / "tiny/aligned").glob("*.json"):
+                assert (runs / "tiny/aligned" / path.name).read_bytes() == path.read_bytes(), title
+        report = (runs / "report/report.md").read_text()
+        assert shown.get(title, "| tiny | aligned | 3 |") in report, title
+    assert (runs / "tiny/aligned/angle/glyphs-signs.png").exists()         # of the last, the heat map's
+    report = (tmp_path / "The merging rule/runs/report/report.md").read_text()
+    assert "| tiny | aligned | 3 |" in report              # side by side
 
 
 def shortened(command):

@@ -111,10 +111,16 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("command", random.Random(0).sample(COMMANDS, len(COMMANDS)))
-def test_a_printed_command_is_not_refused_and_nothing_is_lost(left, command, capsys):
+def test_a_printed_command_is_not_refused_and_nothing_is_lost(left, command, few_pictures):
     before = contents(left / "tiny")
     perform(*as_run(command, left))
     assert before <= contents(left / "tiny")
+
+
+@pytest.fixture
+def few_pictures(monkeypatch):
+    """As many pictures to pre-train on as a few steps take."""
+    monkeypatch.setattr("lib.generated.PRETRAINING_IMAGES", 2400)
 
 
 SECOND_PAPER = ["attention", "attention-bias", "attention-mlp", "attention-mlp-bias", "linearized"]
@@ -122,7 +128,7 @@ SECOND_PAPER = ["attention", "attention-bias", "attention-mlp", "attention-mlp-b
 
 @pytest.mark.parametrize("flag, names", [("--everything", ["aligned", "full"]),
                                          ("--attention", ["aligned", *SECOND_PAPER])])
-def test_the_commands_of_run_all_are_not_refused(left, tmp_path, flag, names):
+def test_the_commands_of_run_all_are_not_refused(left, tmp_path, few_pictures, flag, names):
     """run_all.sh from another folder, with a python that writes down there what it is asked.
 
     Each of that is then run here, small.
