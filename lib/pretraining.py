@@ -125,7 +125,7 @@ def open_pictures(args, encoder, device, need_labels):
     """
     if not args.tasks:
         pixels, labels, drawn = generated.draw_pretraining(args.seed)
-        return as_pictures([pixels], labels, captions.captions(labels, drawn, args.seed), encoder, device)
+        return gathered([pixels], labels, captions.captions(labels, drawn, args.seed), encoder, device)
     sources = common.task_sources(args.tasks, args.data)
     unlabelled = [name for name, source in sources.items() if mere_pictures(source)]
     if unlabelled and need_labels:
@@ -144,10 +144,10 @@ def open_pictures(args, encoder, device, need_labels):
             phrases += [clean_name(task.classes[label]) for label in split.labels]
         classes += len(task.classes)
     if unlabelled:
-        return as_pictures(parts, None, None, encoder, device)
+        return gathered(parts, None, None, encoder, device)
     if classes == 1 and need_labels:
         raise Refused(f"--tasks {args.tasks} has one class only: there is nothing to tell apart")
-    return as_pictures(parts, np.concatenate(labels), phrases, encoder, device)
+    return gathered(parts, np.concatenate(labels), phrases, encoder, device)
 
 
 def clean_name(name):
@@ -155,7 +155,7 @@ def clean_name(name):
     return clean(str(name))
 
 
-def as_pictures(parts, labels, phrases, encoder, device):
+def gathered(parts, labels, phrases, encoder, device):
     """Pictures of uint8 arrays (N, 3, s, s), each of its own s, at the encoder's size."""
     fitted = []
     for part in parts:

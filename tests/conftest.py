@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 from unittest import mock
 
@@ -14,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from lib import encoders, files, flags, results
+from lib import encoders, files, flags, generated, results, store
 
 TASKS = ["glyphs", "signs", "textures"]
 SMALL = ["--tasks", ",".join(TASKS), "--pretrain-steps", "80", "--probe-steps", "300",
@@ -107,6 +108,16 @@ def pytest_collection_modifyitems(items):
         items.insert(0, first)
 
 
+FEW = {"train": (0, 1600), "test": (1, 400)}               # generated.SPLITS of the small study
+
+
+def draw_few(runs):
+    """Smaller splits of the study's tasks in runs/inputs, where every stage finds them drawn already."""
+    with mock.patch.object(generated, "SPLITS", FEW):
+        for name in TASKS:
+            store.stored_folder(name, "generated", None, types.SimpleNamespace(side=generated.SIDE), runs, 0)
+
+
 @pytest.fixture(scope="session")
 def study(tmp_path_factory):
     """The runs folder of a finished small study; tests must leave it as it is (copy it to change it)."""
@@ -114,6 +125,7 @@ def study(tmp_path_factory):
     runs = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "study" / "runs"
     with filelock.FileLock(runs.parent.with_suffix(".lock")):    # one study for all of xdist's workers
         if not runs.exists():
+            draw_few(runs)
             finished = stage("bash", "run_all.sh", "tiny", "--runs", runs, *SMALL)
             if finished.returncode:
                 shutil.rmtree(runs, ignore_errors=True)

@@ -341,7 +341,7 @@ def check_report_compares_with_what_trains_everything(copy):
         for task, row in rows[name]["tasks"].items():
             gaps.append(rows["aligned"]["tasks"][task]["test"] - row["test"])
         assert rows[name]["against"]["nonlinear_advantage"] == pytest.approx(np.mean(gaps))
-        assert f"| tiny | {name} | {name} | 2 | 2000 |" in report
+        assert f"| tiny | {name} | {name} | 2 | 800 |" in report
         assert f"| {100 * np.mean(gaps):+.1f} |" in report
 
 

@@ -6,7 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from conftest import ROOT, edit, stage
+from conftest import FEW, ROOT, edit, stage
 
 TITLES = ["The loss", "The merging rule", "A task", "The encoder family", "The metric of the heat map"]
 README = (ROOT / "README.md").read_text()
@@ -46,6 +46,8 @@ def test_the_recipes_run_from_a_copy_and_leave_the_original_alone(study, tmp_pat
         tree = tmp_path / title
         shutil.copytree(ROOT, tree, ignore=left_out)
         shutil.copytree(study, tree / "runs")
+        sizes = f'"train": {FEW["train"]}, "test": {FEW["test"]}'              # where tasks are drawn anew
+        edit(tree / "lib/generated.py", '"train": (0, 4000), "test": (1, 1000)', sizes)
         if title == "The encoder family":                  # as many pictures as its few steps take
             edit(tree / "lib/generated.py", "_IMAGES = 8, 24000", "_IMAGES = 8, 2400")
         printed, changed[title] = apply(tree, recipe)

@@ -19,9 +19,9 @@ def test_the_report_opens_with_the_three_questions_answered_from_the_stages_file
     test, minus = merge["test"], merge["probing"]["converged"]["addition_minus"]
     points, error = 100 * minus["mean"], 100 * minus["standard_error"]
     verdict = "above" if points > 2 * error else "below" if points < -2 * error else "within the noise of"
-    for said in (f"at lambda = {merge['best_lambda']:g} it gets {100 * test['absolute']:.1f} % of the 3,000",
+    for said in (f"at lambda = {merge['best_lambda']:g} it gets {100 * test['absolute']:.1f} % of the 1,200",
                  f"xi = {xi['mean_xi_in_box']:.2f} in [-1, 1]^2", "not measured (precision.py)",
-                 "On the same 3,000 test images addition is",
+                 "On the same 1,200 test images addition is",
                  f"{verdict} the converged one ({100 * merge['probing']['converged']['absolute']:.1f} %): "
                  f"{points:+.1f} +- {error:.1f} points, above it on {minus['tasks_won']} of 3 tasks",
                  f"The control full, whose heads train along, gets {100 * full['test']['absolute']:.1f} %"):
@@ -37,7 +37,7 @@ def test_every_picture_is_there_and_in_the_page(both):
     merge = json.loads((both / "tiny/full/merge.json").read_text())
     single = np.mean(list(merge["single_task"].values()))
     numbers = [merge["test_lambda0"]["absolute"], single, merge["test"]["absolute"]]
-    assert f"| tiny | full | 3 | 3000 | {' | '.join(f'{100 * number:.1f}' for number in numbers)} |" in text
+    assert f"| tiny | full | 3 | 1200 | {' | '.join(f'{100 * number:.1f}' for number in numbers)} |" in text
 
 
 def test_the_report_names_the_command_for_what_is_not_there(both, tmp_path):
