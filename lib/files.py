@@ -38,9 +38,8 @@ def replacing(path):
     behind is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{path.name}.{platform.node()}."    # another machine's process cannot be looked up here
-    remove_leftovers(path.parent, prefix)
-    temporary = path.with_name(f"{prefix}{os.getpid()}.tmp")
+    remove_leftovers(path)
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
         yield temporary
         for file in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
@@ -55,12 +54,16 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder, prefix):
-    """Remove the temporary files of processes of this machine that are no longer there."""
+def remove_leftovers(path):
+    """Remove temporary files for `path`, its name perhaps a pattern, of processes that are no longer there.
+
+    Of this machine only: another's process cannot be looked up here.
+    """
     if not Path("/proc/self").exists():
         return
-    for left in folder.glob(f"{prefix}*.tmp"):
-        process = left.name[len(prefix):].split(".")[0]
+    machine = f".{platform.node()}."
+    for left in path.parent.glob(f".{path.name}{machine}*.tmp"):
+        process = left.name.rpartition(machine)[2].split(".")[0]
         if Path("/proc", process).exists():
             continue
         if left.is_dir():

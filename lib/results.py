@@ -20,7 +20,7 @@ import filelock
 from lib import ranks
 from lib.code import code_of
 from lib.devices import describe_machine
-from lib.files import Refused, checksum, file_metadata, read_json, short, write_json
+from lib.files import Refused, checksum, file_metadata, read_json, remove_leftovers, short, write_json
 
 WHOLE = ""  # the one row of a result that is not made row by row
 
@@ -310,6 +310,8 @@ class Result:
             of_training = self.training_state(row, "?" * 10)    # not those of a row named ROW-MORE
             for path in (self.state_path(row), *of_training.parent.glob(of_training.name)):
                 path.unlink(missing_ok=True)
+            for path in (self.state_path(row), of_training):    # of a kill, perhaps under other settings
+                remove_leftovers(path)
 
 
 def refuse_other_settings(path, there, config, beside):

@@ -3,6 +3,8 @@ import errno
 import fcntl
 import itertools
 import json
+import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -261,6 +263,12 @@ def test_states_of_finished_rows_are_removed_also_after_a_kill_before_that(copy)
     states = copy / "tiny/aligned/state"
     finished = [states / f"finetune-glyphs-{name}.state" for name in ("0123456789", "abcdefabcd")]
     others = states / "finetune-glyphs-more-0123456789.state", states / "finetune-ground-0123456789.state"
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    dead, alive = (f".{platform.node()}.{process}.tmp" for process in (gone.pid, os.getpid()))
+    # killed while it wrote the state, under settings that nobody asks for again
+    finished.append(states / f".finetune-glyphs-0a1b2c3d4e.state{dead}")
+    others += states / f".finetune-glyphs-0a1b2c3d4e.state{alive}", states / f".finetune-ground-0.state{dead}"
     for path in (*finished, *others):
         path.write_bytes(b"a state")
     perform("finetune", "tiny", "--runs", copy, *ALL_TASKS, *STAGES["finetune"])
