@@ -37,7 +37,7 @@ while [ $# -gt 0 ]; do
     --weights | --image-size | --device | --dtype | --compile | --seed) stages=shared ;;
     --pretrain-steps | --checkpoints) [ "$scheme" ] || refuse "$1: $encoder comes trained"; stages=pretrain ;;
     --probe-steps | --probe-lr) stages=probe ;;
-    --steps | --lr | --batch-size | --save-minutes) stages=finetune ;;
+    --steps | --lr | --batch-size | --micro-batch | --save-minutes) stages=finetune ;;
     --probe) stages=against ;;
     --lambdas | --lambda-max) stages=search ;;
     --pairs | --points | --limit | --samples) stages=disentangle ;;

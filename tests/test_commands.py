@@ -117,6 +117,14 @@ def test_a_printed_command_is_not_refused_and_nothing_is_lost(left, command, few
     assert before <= contents(left / "tiny")
 
 
+def test_run_all_takes_every_flag_of_the_stages_that_it_runs():
+    """But for those that it sets itself; pretrain.py's --batch-size and --lr are fine-tuning's there."""
+    taken = set(re.findall(r"(?<=[ |])(--[a-z-]+)(?= \||\))", (ROOT / "run_all.sh").read_text()))
+    for name in ("probe", "finetune", "merge_eval", "disentangle", "subsets", "lib/flags"):
+        flags = set(re.findall(r'add(?:_argument)?\("(--[a-z-]+)"', (ROOT / f"{name}.py").read_text()))
+        assert flags - {"--recipe", "--name", "--of", "--metric"} <= taken, name
+
+
 @pytest.fixture
 def few_pictures(monkeypatch):
     """As many pictures to pre-train on as a few steps take."""
