@@ -5,6 +5,7 @@ Train a small encoder from scratch: `tiny`, the offline stand-in for a real chec
     python pretrain.py tiny-short --pretrain-steps 300     # another, by this name an encoder of all stages
     python pretrain.py slow --checkpoints 0,25,100,400,1500    # also runs/slow-step0, slow-step25, ...
     python pretrain.py own --tasks pets=FOLDER             # on your own pictures, {train,test}/CLASS/*.jpg
+    python pretrain.py noisy --label-noise 0.5             # half of the labels mean nothing: a control
 
 The pictures (lib/generated.py) share neither classes nor drawing style with the eight downstream tasks. This
 is the supervised scheme; pretrain_mae.py, pretrain_dino.py and pretrain_contrastive.py train the same encoder
@@ -22,14 +23,14 @@ import torch
 import torch.nn.functional as F
 
 from common import Head, head_tensors, predict, random_head
-from lib import encoders, pretraining
+from lib import encoders, flags, pretraining
 from lib.study import run
 from lib.training import batches, learning_rate
 
 WEIGHT_DECAY, CLIP_NORM = 0.05, 1.0
 ARCHITECTURE = {"library": "timm", "name": "vit_tiny_patch16_224",
                 "kwargs": {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4,
-                           "num_classes": 0}}
+                           "class_token": False, "global_pool": "avg", "fc_norm": False, "num_classes": 0}}
 SETTINGS = {  # of later stages, sized for two CPU cores
     "finetune": {"steps": 120, "batch_size": 64, "lr": {"aligned": 5e-4}},    # other recipes search theirs
     "disentangle": {"points": 13, "samples": 128},
@@ -38,12 +39,27 @@ SETTINGS = {  # of later stages, sized for two CPU cores
 
 
 def parse_args(argv=None):
-    return pretraining.pretraining_parser(__doc__).parse_args(argv)
+    parser = pretraining.pretraining_parser(__doc__)
+    parser.add_argument("--label-noise", type=flags.share, default=0.0, metavar="SHARE",
+                        help="share of the pictures, from 0 to 1, that have their labels dealt out again "
+                             "among themselves: a control (default 0)")
+    return parser.parse_args(argv)
+
+
+def permuted(labels, share, generator):
+    """Labels (N,) of which a random share has changed places."""
+    chosen = torch.randperm(len(labels), device=labels.device, generator=generator)
+    chosen = chosen[:round(share * len(labels))]
+    order = torch.randperm(len(chosen), device=labels.device, generator=generator)
+    labels = labels.clone()
+    labels[chosen] = labels[chosen[order]]
+    return labels
 
 
 def main(args):
     # ---------------------------------------------------- open
-    result, device = pretraining.open_result(args, __file__, ARCHITECTURE)
+    noise = {"label_noise": args.label_noise} if args.label_noise else {}
+    result, device = pretraining.open_result(args, __file__, ARCHITECTURE, **noise)
     if result is None:
         return
 
@@ -52,13 +68,15 @@ def main(args):
     module = encoders.build_architecture(ARCHITECTURE).to(device).train()
     with torch.no_grad():
         module.pos_embed.mul_(15)            # std .02 to .3: a short training never finds it otherwise
-    description = pretraining.describe(args, module, ARCHITECTURE, SETTINGS, "supervised")
+    description = pretraining.describe(args, module, ARCHITECTURE, SETTINGS, "supervised") | noise
     encoder = encoders.as_encoder(module, description)
     start = time.perf_counter()
     pictures = pretraining.open_pictures(args, encoder, device, need_labels=True)
     images, labels = pictures.images, pictures.labels
     drawing_seconds = time.perf_counter() - start
     generator = torch.Generator(device).manual_seed(args.seed)
+    if args.label_noise:
+        labels = permuted(labels, args.label_noise, generator)
     train, test = pretraining.hold_out(len(images), device, generator)
     drawn = random_head(encoder.width, int(labels.max()) + 1, generator)
     trained_head = torch.nn.ParameterDict(head_tensors(drawn))

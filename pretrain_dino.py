@@ -28,9 +28,9 @@ from lib.training import batches, learning_rate
 from pretrain import ARCHITECTURE, CLIP_NORM, SETTINGS, WEIGHT_DECAY
 
 HEAD = {"hidden": 256, "bottleneck": 64, "prototypes": 512}
-VIEWS = {"small": 2, "large_scale": (0.4, 1.0), "small_scale": (0.15, 0.4), "colours": 0.3}
+VIEWS = {"small": 2, "large_scale": (0.6, 1.0), "small_scale": (0.3, 0.6), "colours": 0.8}
 STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.04
-CENTRE_MOMENTUM, FIRST_MOMENTUM = 0.9, 0.99                # the teacher's rises to 1 along a cosine
+CENTRE_MOMENTUM, FIRST_MOMENTUM = 0.9, 0.98                # the teacher's rises to 1 along a cosine
 
 
 def parse_args(argv=None):
@@ -52,12 +52,11 @@ class ProjectionHead(torch.nn.Module):
 
 
 def features_of(module, views):
-    """(B, D) class tokens of views of any size: position embeddings are resampled to their patches."""
+    """(B, D) features of views of any size: position embeddings are resampled to their patches."""
     patches = module.patch_embed.proj(views)               # (B, D, h, w)
-    positions = resample_abs_pos_embed(module.pos_embed, list(patches.shape[2:]))
-    first = module.cls_token.expand(len(views), -1, -1)
-    tokens = torch.cat([first, patches.flatten(2).transpose(1, 2)], 1) + positions
-    return module.norm(module.blocks(tokens))[:, 0]
+    positions = resample_abs_pos_embed(module.pos_embed, list(patches.shape[2:]), num_prefix_tokens=0)
+    tokens = module.blocks(patches.flatten(2).transpose(1, 2) + positions)
+    return module.forward_head(module.norm(tokens))
 
 
 def distillation_loss(student, teacher, centre):

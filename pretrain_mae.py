@@ -28,7 +28,7 @@ DECODER = {"width": 64, "depth": 1, "heads": 4}
 
 
 def parse_args(argv=None):
-    return pretraining.pretraining_parser(__doc__).parse_args(argv)
+    return pretraining.pretraining_parser(__doc__, lr=2e-3).parse_args(argv)
 
 
 class Decoder(torch.nn.Module):
@@ -38,19 +38,17 @@ class Decoder(torch.nn.Module):
         super().__init__()
         self.embed = torch.nn.Linear(encoder_width, width)
         self.hidden = torch.nn.Parameter(0.02 * torch.randn(1, 1, width))          # for any hidden patch
-        self.positions = torch.nn.Parameter(0.3 * torch.randn(1, 1 + n_patches, width))
+        self.positions = torch.nn.Parameter(0.3 * torch.randn(1, n_patches, width))
         self.blocks = torch.nn.Sequential(*(Block(width, heads, qkv_bias=True) for _ in range(depth)))
         self.norm = torch.nn.LayerNorm(width)
         self.pixels = torch.nn.Linear(width, n_values)
 
     def forward(self, tokens, visible):
-        """(B, 1 + V, D) class token and visible patches, (B, V) where these are -> (B, P, 3 * p * p)."""
+        """(B, V, D) visible patches, (B, V) where these are -> (B, P, 3 * p * p)."""
         tokens = self.embed(tokens)
-        width = tokens.shape[2]
-        patches = self.hidden.expand(len(tokens), self.positions.shape[1] - 1, width)
-        patches = patches.scatter(1, visible[..., None].expand(-1, -1, width), tokens[:, 1:])
-        tokens = torch.cat([tokens[:, :1], patches], 1) + self.positions           # (B, 1 + P, width)
-        return self.pixels(self.norm(self.blocks(tokens)))[:, 1:]
+        patches = self.hidden.expand(len(tokens), self.positions.shape[1], -1)
+        patches = patches.scatter(1, visible[..., None].expand_as(tokens), tokens) + self.positions
+        return self.pixels(self.norm(self.blocks(patches)))
 
 
 def choose_patches(n, n_patches, generator):
@@ -66,11 +64,10 @@ def choose_patches(n, n_patches, generator):
 
 
 def encode(module, images, visible):
-    """What the ViT makes of some patches of prepared images: (B, 1 + V, D), the class token first."""
-    patches = module.patch_embed(images) + module.pos_embed[:, 1:]                 # (B, P, D)
+    """What the ViT makes of some patches of prepared images: (B, V, D)."""
+    patches = module.patch_embed(images) + module.pos_embed                        # (B, P, D)
     patches = patches.gather(1, visible[..., None].expand(-1, -1, patches.shape[2]))
-    first = (module.cls_token + module.pos_embed[:, :1]).expand(len(images), -1, -1)
-    return module.norm(module.blocks(torch.cat([first, patches], 1)))
+    return module.norm(module.blocks(patches))
 
 
 def patches_of(images, side):

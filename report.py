@@ -16,8 +16,8 @@ import numpy as np
 
 from common import PROBES, TASKS
 from lib import flags, pages
-from lib.comparisons import (PUBLISHED, costs, percent, pictures_of_all, trains_everything,
-                             which_parameters_train)
+from lib.comparisons import (PUBLISHED, along_pretraining, costs, percent, pictures_of_all,
+                             trains_everything, which_parameters_train)
 from lib.devices import pick_device
 from lib.files import Refused, read_json, replacing, write_json
 from lib.inventory import find_results, not_there_yet, out_of_step, sources
@@ -39,7 +39,8 @@ def main(args):
         if not folder.is_dir():
             raise Refused(f"--seeds {folder} is not a folder")
     probes, variants = find_results(args.runs)
-    if not probes:
+    pretraining = along_pretraining(args.runs)
+    if not probes and not pretraining:
         raise Refused(f'no results in {args.runs} ({args.runs}/*/probe.json): run "bash run_all.sh" first')
     out = args.runs / "report"
 
@@ -51,6 +52,7 @@ def main(args):
         blocks += over_seeds(args, variants, out)
     blocks += pictures_of_all(variants, out)
     blocks += which_parameters_train(variants, out)
+    blocks += pretraining
     blocks += costs(probes, variants)
     for variant in variants.values():
         blocks += section(variant, probes[variant["encoder"]])

@@ -108,6 +108,17 @@ def positive_float(text):
     return number
 
 
+def share(text):
+    """A number from 0 to 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return number
+
+
 def even_grid(flag, low, high, n):
     """n evenly spaced numbers from low to high, rounded to ten digits; Refused where that spoils them."""
     with np.errstate(over="ignore", invalid="ignore"):

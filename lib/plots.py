@@ -231,3 +231,41 @@ def picture_rows(path, rows, title):
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
     fig.suptitle(title, fontsize=9)
     return save(path, fig)
+
+
+def emergence(path, table, rows):
+    """Accuracies and xi against images seen, and xi against probing, a dot for each encoder.
+
+    table   mean and deviation over seeds of each scheme and step, as emergence.py has them
+    rows    one for each encoder
+    """
+    ways = {"as it is": "vectors as they are", "norm": "vectors of one norm", "gain": "vectors of one gain"}
+    above = {"probing": "probing, converged", "single": "single task", "minus_probing": "addition - probing"}
+    columns = above | {f"xi, {way}, prediction": f"xi, {label}" for way, label in ways.items()}
+    fig, axes = figure(11, 9, 3, 3)
+    begin = [row for row in table if row["scheme"] == "random"]
+    schemes = list(dict.fromkeys(row["scheme"] for row in table))
+    seen_at = sorted({row["step"] for row in table})
+    for index, scheme in enumerate(schemes):
+        own, look = [row for row in table if row["scheme"] == scheme], {"color": f"C{index}", "label": scheme}
+        for ax, (column, label) in zip(axes.flat, columns.items(), strict=False):
+            line = own if len(own) == 1 else begin + own   # all schemes begin at random initialisation
+            points = [(row["step"], *row[column]) for row in line if row[column][0] is not None]
+            if points:
+                steps, means, deviations = zip(*points, strict=True)
+                ax.errorbar(steps, means, [deviation or 0 for deviation in deviations], marker="o", capsize=2,
+                            markersize=4, linewidth=1.2, **look)
+            ax.set(title=label, xlabel="steps of pre-training")
+            ax.set_xscale("symlog", linthresh=20)
+            ax.set_xticks(seen_at, seen_at)
+        for ax, way in zip(axes[2], ways, strict=True):
+            dots = [(row["probing"], row["xi"][way]["prediction"]) for row in rows
+                    if row["scheme"] == scheme and row["xi"][way]["prediction"] is not None]
+            ax.scatter(*(zip(*dots, strict=True) if dots else ([], [])), s=18, **look)
+            ax.set(title=f"xi, {ways[way]}", xlabel="probing, converged")
+    for ax in axes.flat:
+        ax.title.set_fontsize(9)
+        ax.grid(alpha=.3)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncol=len(schemes),
+               fontsize=8)
+    return save(path, fig)

@@ -6,6 +6,7 @@ import shutil
 from unittest import mock
 
 import numpy as np
+import pretrain
 import pretrain_contrastive
 import pretrain_dino
 import pretrain_mae
@@ -19,8 +20,7 @@ from lib import captions, encoders, files, generated, pretraining, text_heads
 SCHEMES = ["pretrain", "pretrain_mae", "pretrain_dino", "pretrain_contrastive"]
 NAMES = ["sup", "mae", "dino", "clip"]                     # of an encoder by each
 NARROW = {"library": "timm", "name": "vit_tiny_patch16_224",
-          "kwargs": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2,
-                     "num_classes": 0}}
+          "kwargs": {**pretrain.ARCHITECTURE["kwargs"], "embed_dim": 32, "depth": 1, "num_heads": 2}}
 STEPS = ["--pretrain-steps", "5", "--batch-size", "8", "--device", "cpu"]
 WHOLE_DRAW = generated.draw_pretraining
 LABELS = [0, 39, 1, 78, 56, 14, 81, 69, 72, 28, 48, 59]    # of seed 3, 960 pictures: the first twelve
@@ -145,6 +145,27 @@ def test_views_are_drawn_by_the_generator_and_stay_in_range(small_encoder):
     assert grey.sum() < 6 and (plain - whole)[~grey].abs().mean() < 0.1 < (other - whole).abs().mean()
 
 
+# --------------------------------------------------------------------------------------- noisy labels
+
+
+@pytest.mark.parametrize("share", [.5, 1])
+def test_noisy_labels_are_the_same_labels_of_other_pictures(share):
+    labels = torch.arange(96).repeat(10)
+    noisy = pretrain.permuted(labels, share, torch.Generator().manual_seed(0))
+    assert torch.equal(noisy.sort().values, labels.sort().values)
+    assert (noisy != labels).float().mean().item() == pytest.approx(share, abs=.02)
+
+
+def test_label_noise_is_a_setting_and_stands_in_the_description(tmp_path):
+    perform("pretrain", "noisy", "--runs", tmp_path, *STEPS, "--label-noise", "0.5")
+    perform("pretrain", "clean", "--runs", tmp_path, *STEPS)
+    assert description(tmp_path, "noisy")["label_noise"] == 0.5
+    assert result(tmp_path, "noisy")["config"]["label_noise"] == 0.5
+    assert "label_noise" not in result(tmp_path, "clean")["config"] | description(tmp_path, "clean")
+    assert description(tmp_path, "noisy")["sha256"] != description(tmp_path, "clean")["sha256"]
+    assert "label_noise" in refuse("pretrain", "noisy", "--runs", tmp_path, *STEPS)
+
+
 # --------------------------------------------------------------------------------------- masked autoencoder
 
 
@@ -164,7 +185,7 @@ def test_the_encoder_never_sees_a_hidden_patch():
     visible, hidden = visible[:4], hidden[:4]
     images.requires_grad_()
     tokens = pretrain_mae.encode(module, images, visible)
-    assert tokens.shape == (4, 5, 32)
+    assert tokens.shape == (4, 4, 32)
     tokens.square().sum().backward()
     moved = pretrain_mae.patches_of(images.grad, 8).abs().sum(2)                   # (4, 16)
     assert (moved.gather(1, hidden) == 0).all() and (moved.gather(1, visible) > 0).all()
@@ -174,7 +195,7 @@ def test_all_patches_visible_make_the_encoders_own_feature():
     torch.manual_seed(0)
     module, images = encoders.build_architecture(NARROW), drawn(2, 3, 32, 32)
     tokens = pretrain_mae.encode(module, images, torch.arange(16).expand(2, -1))
-    torch.testing.assert_close(tokens[:, 0], module(images))
+    torch.testing.assert_close(tokens.mean(1), module(images))
 
 
 def test_the_masked_loss_looks_at_hidden_patches_only():
