@@ -7,8 +7,8 @@ How task vectors come to be disentangled while an encoder is pre-trained: by sch
 
 The stages themselves pre-train, probe, fine-tune and add up each encoder; against converged heads, so that
 what is seen is the encoder and not how far the paper's probing gets on it. Of LEARNING_RATES an encoder has
-the one that is best on one task's validation images. Short task vectors look disentangled whatever the
-encoder, so xi is measured three times, for the same images and pairs of tasks:
+the one that is best on validation images of the first three tasks. Short task vectors look disentangled
+whatever the encoder, so xi is measured three times, for the same images and pairs of tasks:
 
     as it is   task vectors as fine-tuning leaves them
     norm       each rescaled to the same norm, a share of theta_pre's
@@ -42,7 +42,6 @@ from lib.files import Refused, read_json
 from lib.pretraining import ascending_steps
 from lib.results import Result
 from lib.study import open_study, run
-from lib.training import search_task
 from lib.vectors import load_vector, norm
 
 SCHEMES = {  # name: its script and flags
@@ -56,6 +55,7 @@ SCHEMES = {  # name: its script and flags
 }
 LAST_ONLY = ("half-noise", "shuffled")                     # controls, not looked at on the way
 LEARNING_RATES = [1e-4, 3e-4, 1e-3, 3e-3]                  # of fine-tuning
+SEARCHED = 3                                               # tasks, the first ones, on which one is picked
 POINTS, LIMIT = 5, 1                                       # of each heat map
 
 
@@ -125,8 +125,8 @@ def main(args):
             result.rows[row] = {"seed": seed, "scheme": scheme, "step": step, "lr": float(name[2:]), **found,
                                 "seconds": time.perf_counter() - start}
         print(f"emergence {row}: probing {found['probing']:.4f}, single task {found['single']:.4f}, "
-              f"addition {found['addition']:.4f}, xi as it is {found['xi']['as it is']['prediction']:.3f}, of "
-              f"one norm {found['xi']['norm']['prediction']:.3f}, {time.perf_counter() - start:.0f} s",
+              f"addition {found['addition']:.4f}, xi {found['xi']['as it is']['prediction']:.3f} as it is, "
+              f"{found['xi']['norm']['prediction']:.3f} of one norm, {time.perf_counter() - start:.0f} s",
               flush=True)
 
     # ---------------------------------------------------- mean and deviation over seeds, a picture
@@ -153,16 +153,17 @@ def stage(script, *words):
 
 
 def fine_tune(words, folder, steps):
-    """theta_t of all tasks at the learning rate that is best on one; returns the variant's name, "lr0.001".
+    """theta_t of all tasks at the learning rate that is best on some; returns the variant's name, "lr0.001".
 
     words, folder   of the encoder: its words on a command line, runs/emergence/seedSEED/ENCODER
     """
-    task = search_task(read_json(folder / "probe.json", "python probe.py")["tasks"])
+    tasks = list(read_json(folder / "probe.json", "python probe.py")["tasks"])[:SEARCHED]
     words, val = [*words, "--probe", "converged", "--steps", steps], {}
     for lr in LEARNING_RATES:
         name = f"lr{lr:g}"
-        stage(finetune, *words, "--tasks", task, "--lr", lr, "--name", name)
-        val[name] = read_json(folder / name / "finetune.json", "python finetune.py")["tasks"][task]["val"]
+        stage(finetune, *words, "--tasks", ",".join(tasks), "--lr", lr, "--name", name)
+        rows = read_json(folder / name / "finetune.json", "python finetune.py")["tasks"]
+        val[name] = mean(rows[task]["val"] for task in tasks)
     best = max(val, key=val.get)
     stage(finetune, *words, "--lr", best[2:], "--name", best)
     return best

@@ -58,17 +58,18 @@ def permuted(labels, share, generator):
 
 def main(args):
     # ---------------------------------------------------- open
+    architecture = pretraining.sized(ARCHITECTURE, args.large)
     noise = {"label_noise": args.label_noise} if args.label_noise else {}
-    result, device = pretraining.open_result(args, __file__, ARCHITECTURE, **noise)
+    result, device = pretraining.open_result(args, __file__, architecture, **noise)
     if result is None:
         return
 
     # ---------------------------------------------------- module, images, head
     torch.manual_seed(args.seed)                           # timm initialises from the global generator
-    module = encoders.build_architecture(ARCHITECTURE).to(device).train()
+    module = encoders.build_architecture(architecture).to(device).train()
     with torch.no_grad():
         module.pos_embed.mul_(15)            # std .02 to .3: a short training never finds it otherwise
-    description = pretraining.describe(args, module, ARCHITECTURE, SETTINGS, "supervised") | noise
+    description = pretraining.describe(args, module, architecture, SETTINGS, "supervised") | noise
     encoder = encoders.as_encoder(module, description)
     start = time.perf_counter()
     pictures = pretraining.open_pictures(args, encoder, device, need_labels=True)

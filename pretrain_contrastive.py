@@ -54,17 +54,18 @@ def retrieved(images, texts):
 
 def main(args):
     # ---------------------------------------------------- open
+    architecture = pretraining.sized(ARCHITECTURE, args.large)
     tower_name = text_heads.TOWER_FILE
-    result, device = pretraining.open_result(args, __file__, ARCHITECTURE, [tower_name], tower=TOWER)
+    result, device = pretraining.open_result(args, __file__, architecture, [tower_name], tower=TOWER)
     if result is None:
         return
 
     # ---------------------------------------------------- module, images and captions, text tower
     torch.manual_seed(args.seed)                           # as in pretrain.py: the same random initialisation
-    module = encoders.build_architecture(ARCHITECTURE).to(device).train()
+    module = encoders.build_architecture(architecture).to(device).train()
     with torch.no_grad():
         module.pos_embed.mul_(15)
-    description = pretraining.describe(args, module, ARCHITECTURE, SETTINGS, "contrastive")
+    description = pretraining.describe(args, module, architecture, SETTINGS, "contrastive")
     description["text_tower"] = tower_name
     encoder = encoders.as_encoder(module, description)
     pictures = pretraining.open_pictures(args, encoder, device, need_labels=True)

@@ -98,18 +98,19 @@ def follow(teacher, student, share):
 
 def main(args):
     # ---------------------------------------------------- open
+    architecture = pretraining.sized(ARCHITECTURE, args.large)
     settings = {"head": HEAD, "views": VIEWS, "temperatures": [STUDENT_TEMPERATURE, TEACHER_TEMPERATURE],
                 "momenta": [CENTRE_MOMENTUM, FIRST_MOMENTUM]}
-    result, device = pretraining.open_result(args, __file__, ARCHITECTURE, **settings)
+    result, device = pretraining.open_result(args, __file__, architecture, **settings)
     if result is None:
         return
 
     # ---------------------------------------------------- student, teacher, images
     torch.manual_seed(args.seed)                           # as in pretrain.py: the same random initialisation
-    module = encoders.build_architecture(ARCHITECTURE).to(device).train()
+    module = encoders.build_architecture(architecture).to(device).train()
     with torch.no_grad():
         module.pos_embed.mul_(15)
-    description = pretraining.describe(args, module, ARCHITECTURE, SETTINGS, "dino")
+    description = pretraining.describe(args, module, architecture, SETTINGS, "dino")
     student = torch.nn.ModuleDict({"encoder": module, "head": ProjectionHead(description["width"], **HEAD)})
     student = student.to(device)
     teacher = copy.deepcopy(student).requires_grad_(False)

@@ -92,17 +92,18 @@ def masked_loss(guessed, patches, hidden):
 
 def main(args):
     # ---------------------------------------------------- open
+    architecture = pretraining.sized(ARCHITECTURE, args.large)
     settings = {"hidden": HIDDEN, "decoder": DECODER}
-    result, device = pretraining.open_result(args, __file__, ARCHITECTURE, **settings)
+    result, device = pretraining.open_result(args, __file__, architecture, **settings)
     if result is None:
         return
 
     # ---------------------------------------------------- module, images, decoder
     torch.manual_seed(args.seed)                           # as in pretrain.py: the same random initialisation
-    module = encoders.build_architecture(ARCHITECTURE).to(device).train()
+    module = encoders.build_architecture(architecture).to(device).train()
     with torch.no_grad():
         module.pos_embed.mul_(15)
-    description = pretraining.describe(args, module, ARCHITECTURE, SETTINGS, "mae")
+    description = pretraining.describe(args, module, architecture, SETTINGS, "mae")
     encoder = encoders.as_encoder(module, description)
     pictures = pretraining.open_pictures(args, encoder, device, need_labels=False)
     generator = torch.Generator(device).manual_seed(args.seed)

@@ -16,12 +16,13 @@ import numpy as np
 
 from common import PROBES, TASKS
 from lib import flags, pages
-from lib.comparisons import (PUBLISHED, along_pretraining, costs, percent, pictures_of_all,
-                             trains_everything, which_parameters_train)
+from lib.comparisons import (PUBLISHED, costs, percent, pictures_of_all, trains_everything,
+                             which_parameters_train)
 from lib.devices import pick_device
 from lib.files import Refused, read_json, replacing, write_json
 from lib.inventory import find_results, not_there_yet, out_of_step, sources
 from lib.results import provenance
+from lib.schemes import along_pretraining, paper_in_small
 from lib.study import run
 
 def parse_args(argv=None):
@@ -52,7 +53,7 @@ def main(args):
         blocks += over_seeds(args, variants, out)
     blocks += pictures_of_all(variants, out)
     blocks += which_parameters_train(variants, out)
-    blocks += pretraining
+    blocks += paper_in_small(variants) + pretraining
     blocks += costs(probes, variants)
     for variant in variants.values():
         blocks += section(variant, probes[variant["encoder"]])

@@ -3,6 +3,7 @@
 #
 #   bash run_all.sh                             # tiny: offline, generated images, minutes on two CPU cores
 #   bash run_all.sh tiny-mae                    # the same encoder pre-trained otherwise; tiny-dino, tiny-clip
+#   bash run_all.sh tiny-paper                  # the paper's eight encoders in small, --everything: 2 hours
 #   bash run_all.sh vit_b16_dino                # the paper's eight tasks at 224 pixels (a GPU is advisable)
 #   bash run_all.sh vit_b16_dino --everything   # also full (of CLIP zeroshot too), and subsets of the tasks
 #   bash run_all.sh vit_b16_dino --attention    # also attention*, linearized, the tests of arXiv:2407.07089
@@ -16,16 +17,24 @@ refuse() { echo "run_all.sh: $1 (bash run_all.sh --help shows examples)" >&2; ex
 if [ "${1-}" = --help ] || [ "${1-}" = -h ]; then sed -n '2,/^set /{/^#/p}' run_all.sh; exit; fi
 encoder=tiny everything=no attention=no
 if [ $# -gt 0 ] && [[ $1 != -* ]]; then encoder=$1; shift; fi
+if [ "$encoder" = tiny-paper ]; then                       # in the order of its Table 1
+  for each in tiny-few tiny tiny-mae tiny-dino tiny-clip-few tiny-clip tiny-large tiny-clip-large; do
+    (cd "$caller" && bash "$here/run_all.sh" $each --everything "$@")
+  done
+  exit
+fi
 case $encoder in                                           # what is pre-trained here, and by which script
-  tiny) scheme=pretrain ;;
+  tiny | tiny-few | tiny-large) scheme=pretrain ;;
   tiny-mae) scheme=pretrain_mae ;;
   tiny-dino) scheme=pretrain_dino ;;
-  tiny-clip) scheme=pretrain_contrastive ;;
+  tiny-clip | tiny-clip-few | tiny-clip-large) scheme=pretrain_contrastive ;;
   *) scheme= ;;
 esac
+pretrain=()
+case $encoder in tiny*-few) pretrain=(--pictures 2400) ;; tiny*-large) pretrain=(--large) ;; esac
 
 # the flags of each stage
-shared=() studied=() pretrain=() probe=() finetune=() against=() search=() disentangle=() subsets=() report=()
+shared=() studied=() probe=() finetune=() against=() search=() disentangle=() subsets=() report=()
 while [ $# -gt 0 ]; do
   if [[ $1 == --*=* ]]; then set -- "${1%%=*}" "${1#*=}" "${@:2}"; fi
   case $1 in
@@ -35,7 +44,7 @@ while [ $# -gt 0 ]; do
     --runs) report+=("$1" "${2-}"); stages=shared ;;
     --tasks | --data) stages=studied ;;                    # the study's, not the pictures of a pre-training
     --weights | --image-size | --device | --dtype | --compile | --seed) stages=shared ;;
-    --pretrain-steps | --checkpoints) [ "$scheme" ] || refuse "$1: $encoder comes trained"; stages=pretrain ;;
+    --pretrain-steps | --checkpoints | --pictures) [ "$scheme" ] || refuse "$1: $encoder comes trained"; stages=pretrain ;;
     --probe-steps | --probe-lr) stages=probe ;;
     --steps | --lr | --batch-size | --micro-batch | --save-minutes) stages=finetune ;;
     --probe) stages=against ;;
@@ -50,11 +59,14 @@ done
 if [ $everything = no ] && [ ${#subsets[@]} -gt 0 ]; then refuse "${subsets[0]} goes with --everything"; fi
 
 source tests/setup.sh
+has_text() {
+  if [ "$scheme" ]; then [ $scheme = pretrain_contrastive ]; return; fi
+  python -c "import sys; from lib.encoders import text_tower; sys.exit(not text_tower(sys.argv[1]))" "$encoder"
+}
 names=(aligned)
-if [ $everything = yes ]; then names+=(full); fi
-has_text="import sys; from lib.encoders import text_tower; sys.exit(not text_tower(sys.argv[1]))"
-if [ $everything = yes ] && { [ "$encoder" = tiny-clip ] || python -c "$has_text" "$encoder"; }; then
-  names+=(zeroshot zeroshot-full)
+if [ $everything = yes ]; then
+  names+=(full)
+  if has_text; then names+=(zeroshot zeroshot-full); fi
 fi
 if [ $attention = yes ]; then
   names+=(attention attention-bias attention-mlp attention-mlp-bias linearized); disentangle+=(--metric both)

@@ -12,7 +12,7 @@ import numpy as np
 
 from common import PROBES
 from lib import plots
-from lib.files import Refused, read_json
+from lib.files import Refused
 
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
 METRICS = {"representation": ("KL of representations, nats", None), "disentangle": ("xi of predictions", 2)}
@@ -240,47 +240,3 @@ def search_seconds(finetune):
     seconds = finetune.get("search", {}).get("seconds", {})
     others = [value for lr, value in seconds.items() if float(lr) != finetune["lr"]]
     return f"{sum(others):.0f}" if others else ""
-
-
-# --------------------------------------------------------------------------------------- along pre-training
-
-
-def along_pretraining(runs):
-    """emergence.py's figure, its table over seeds, and what its rows are."""
-    path = runs / "emergence" / "emergence.json"
-    if not path.exists():
-        return []
-    result, rows = read_json(path, "python emergence.py"), []
-    config = result["config"]
-    for group in result["over_seeds"]:
-        steps = "0" if group["scheme"] == "random" else f"{group['step']} of {config['pretrain_steps']}"
-        shown = {"scheme": group["scheme"], "steps": steps, "seeds": group["seeds"]}
-        for column in ("probing", "single", "addition", "minus_probing"):
-            shown[column.replace("_", " ")] = with_deviation(group[column], 100, 1)
-        shown["lambda"] = with_deviation(group["best_lambda"], 1, 2)
-        for way in ("as it is", "norm", "gain"):
-            shown[f"xi, {way}"] = with_deviation(group[f"xi, {way}, prediction"], 1, 2)
-        shown["KL, norm"] = with_deviation(group["xi, norm, representation"], 1, 2)
-        shown["cosine"] = with_deviation(group["cosine"], 1, 3)
-        shown["overlap"] = with_deviation(group["overlap"], 1, 2)
-        rows.append(shown)
-    ranks = ", ".join(f"{way} {value:+.2f}" for way, value in result["rank_correlation"].items()
-                      if value is not None)
-    about = (f"Probing and addition in percent of test images against converged heads, mean +- standard "
-             f"deviation over seeds; xi in [-1, 1]^2, mean over pairs of tasks that follow each other, of "
-             f"{config['samples']} images each: as fine-tuning leaves the vectors, all rescaled to "
-             f"{config['relative_norm']:g} of theta_pre's norm, and each scaled down to where its task gains "
-             f"{100 * config['gain']:g} points over probing on validation images (tasks that gain less are "
-             f"left out). Spearman's rank correlation of xi with probing over {len(result['encoders'])} "
-             f"encoders: {ranks}.")
-    return [("h2", "Along pre-training (emergence.py)"), ("picture", path.with_suffix(".png")), ("p", about),
-            ("table", rows)]
-
-
-def with_deviation(found, factor, places):
-    """[mean, deviation or None] as "71.8 +- 0.4"."""
-    average, deviation = found
-    if average is None:
-        return ""
-    spread = "" if deviation is None else f" +- {factor * deviation:.{places}f}"
-    return f"{factor * average:.{places}f}{spread}"

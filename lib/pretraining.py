@@ -30,6 +30,7 @@ from lib.files import Refused, checksum, fingerprint, load_state, replacing, sav
 from lib.progress import progress
 from lib.results import WHOLE, Result
 
+LARGE = {"embed_dim": 192, "depth": 6, "num_heads": 6}     # of --large
 EVERY = 50                                                 # steps between two losses that are kept
 
 
@@ -40,6 +41,9 @@ def pretraining_parser(docstring, lr=1e-3):
     add("--pretrain-steps", type=flags.positive, default=1500, help="optimizer steps (default 1500)")
     add("--batch-size", type=flags.positive, default=32, help="images per step (default 32)")
     add("--lr", type=flags.positive_float, default=lr, help=f"peak learning rate (default {lr:g})")
+    add("--pictures", type=flags.positive, metavar="N", help="train on N random ones (default: all)")
+    add("--large", action="store_true",
+        help=f"an encoder of {LARGE['depth']} blocks of width {LARGE['embed_dim']} instead of 4 of 128")
     add("--checkpoints", type=ascending_steps, default=[], metavar="STEP,STEP,...",
         help="steps after which the encoder is also saved as runs/ENCODER-stepSTEP, an encoder like any "
              "other; 0 is random initialisation")
@@ -77,7 +81,8 @@ def open_result(args, script, architecture, towers=(), **settings):
         raise Refused(f"--checkpoints {args.checkpoints[-1]} is beyond the last step, {args.pretrain_steps}")
     sources = common.task_sources(args.tasks, args.data) if args.tasks else None    # None: generated
     config = {"encoder": args.encoder, "architecture": architecture, "steps": args.pretrain_steps,
-              "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed, "pictures": sources} | settings
+              "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed, "pictures": sources,
+              "at_most": args.pictures} | settings
     made = [encoder_file(folder), *(folder / name for name in towers)]
     result = Result(folder / "pretrain.json", config, {}, script, device, args.overwrite, protected=True,
                     weights=lambda row: made)
@@ -88,6 +93,11 @@ def open_result(args, script, architecture, towers=(), **settings):
     if missing and not result.todo:
         print(f"{Path(script).stem}: trained again for checkpoints {missing}", flush=True)
     return (result if result.todo or missing else None), device
+
+
+def sized(architecture, large):
+    """An architecture as it is, or LARGE."""
+    return architecture | {"kwargs": architecture["kwargs"] | LARGE} if large else architecture
 
 
 def encoder_file(folder):
@@ -121,11 +131,13 @@ def open_pictures(args, encoder, device, need_labels):
     """The pictures to train on: generated ones, or the training splits of --tasks one after another.
 
     need_labels   whether the scheme takes labels or captions; without, folders of mere pictures do too
-    Errors        Refused: no labels where they are needed, one class only, what load_task refuses
+    Errors        Refused: no labels where they are needed, one class only, fewer pictures than are asked
+                  for, what load_task refuses
     """
     if not args.tasks:
         pixels, labels, drawn = generated.draw_pretraining(args.seed)
-        return gathered([pixels], labels, captions.captions(labels, drawn, args.seed), encoder, device)
+        phrases = captions.captions(labels, drawn, args.seed)
+        return gathered([pixels], labels, phrases, encoder, device, args.pictures, args.seed)
     sources = common.task_sources(args.tasks, args.data)
     unlabelled = [name for name, source in sources.items() if mere_pictures(source)]
     if unlabelled and need_labels:
@@ -144,10 +156,11 @@ def open_pictures(args, encoder, device, need_labels):
             phrases += [clean_name(task.classes[label]) for label in split.labels]
         classes += len(task.classes)
     if unlabelled:
-        return gathered(parts, None, None, encoder, device)
+        return gathered(parts, None, None, encoder, device, args.pictures, args.seed)
     if classes == 1 and need_labels:
         raise Refused(f"--tasks {args.tasks} has one class only: there is nothing to tell apart")
-    return gathered(parts, np.concatenate(labels), phrases, encoder, device)
+    labels = np.concatenate(labels)
+    return gathered(parts, labels, phrases, encoder, device, args.pictures, args.seed)
 
 
 def clean_name(name):
@@ -155,13 +168,19 @@ def clean_name(name):
     return clean(str(name))
 
 
-def gathered(parts, labels, phrases, encoder, device):
-    """Pictures of uint8 arrays (N, 3, s, s), each of its own s, at the encoder's size."""
+def gathered(parts, labels, phrases, encoder, device, at_most=None, seed=0):
+    """Pictures of uint8 arrays (N, 3, s, s), each of its own s, at the encoder's size; all, or `at_most`."""
     fitted = []
     for part in parts:
         for block in torch.from_numpy(np.array(part)).split(4096):
             fitted.append(images.fit(block, encoder.size, encoder.side))
     pixels = torch.cat(fitted)
+    if at_most:
+        if at_most > len(pixels):
+            raise Refused(f"--pictures {at_most}: there are {len(pixels)}")
+        chosen = np.random.default_rng(seed).permutation(len(pixels))[:at_most]
+        pixels, labels = pixels[chosen], None if labels is None else labels[chosen]
+        phrases = None if phrases is None else [phrases[index] for index in chosen]
     digest = hashlib.sha256(pixels.numpy()).hexdigest()
     labels = None if labels is None else torch.from_numpy(labels).to(device)
     return Pictures(pixels.to(device), labels, phrases, digest)

@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import stat
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,14 +14,18 @@ import timm
 import torch
 from conftest import ROOT, STAGES, TASKS, TIMM, image_folder, perform, stage
 
+from lib.comparisons import PUBLISHED
+
 SCHEMES = ["pretrain", "pretrain_mae", "pretrain_dino", "pretrain_contrastive"]
-SCRIPTS = [*SCHEMES, "probe", "finetune", "make_vectors", "merge_eval", "disentangle", "subsets", "posthoc",
-           "precision", "report", "bench"]
+SCRIPTS = [*SCHEMES, "emergence", "probe", "finetune", "make_vectors", "merge_eval", "disentangle",
+           "subsets", "posthoc", "precision", "report", "bench"]
 PRINTED = re.compile(r"^(?:#   |    )(?:torchrun --nproc-per-node \d+ |python )(\w+)\.py(.*)$", re.M)
 ELSEWHERE = {  # executed by other tests, on what they make
     "finetune vit_b16_clip_laion2b --recipe zeroshot": "test_text_heads.py",
     "probe open_clip:ARCH/TAG": "test_encoders_and_hub.py",
     "probe vit_b16_dino": "test_encoders_and_hub.py, from a stand-in hub",
+    "emergence": "test_emergence.py, small", "emergence --seeds 1": "test_emergence.py, small",
+    "emergence --seeds 0 --schemes random,mae --checkpoints 400": "test_emergence.py, small",
     "bench": "below, at a size that takes seconds",
 }
 SMALL = {  # settings behind what is printed; of two the last counts
@@ -134,26 +137,27 @@ def few_pictures(monkeypatch):
 SECOND_PAPER = ["attention", "attention-bias", "attention-mlp", "attention-mlp-bias", "linearized"]
 
 
-@pytest.mark.parametrize("flag, names", [("--everything", ["aligned", "full"]),
-                                         ("--attention", ["aligned", *SECOND_PAPER])])
-def test_the_commands_of_run_all_are_not_refused(left, tmp_path, few_pictures, flag, names):
-    """run_all.sh from another folder, with a python that writes down there what it is asked.
-
-    Each of that is then run here, small.
-    """
-    log, fake = tmp_path / "asked", tmp_path / "python"
-    fake.write_text(f"""#!/bin/sh
+def asked_by_run_all(folder, *words):
+    """What run_all.sh asks of python: called from a folder with a python that writes it down there."""
+    log, fake = folder / "asked", folder / "python"
+    fake.write_text("""#!/bin/sh
 [ "$1" = - ] && exit 0
-[ "$1" = -c ] && exec {sys.executable} "$@"
-file=${{1##*/}}
+file=${1##*/}
 shift
 echo "$file" "$@" >> asked
 """)
     fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    finished = stage("bash", ROOT / "run_all.sh", "tiny", flag, env=environment, cwd=tmp_path)
+    environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
+    finished = stage("bash", ROOT / "run_all.sh", *words, env=environment, cwd=folder)
     assert finished.returncode == 0, finished.stderr
-    asked = [line.replace(".py", "", 1) for line in log.read_text().splitlines()]
+    return [line.replace(".py", "", 1) for line in log.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("flag, names", [("--everything", ["aligned", "full"]),
+                                         ("--attention", ["aligned", *SECOND_PAPER])])
+def test_the_commands_of_run_all_are_not_refused(left, tmp_path, few_pictures, flag, names):
+    """Each of them is run here, small."""
+    asked = asked_by_run_all(tmp_path, "tiny", flag)
     assert [line.split()[3] for line in asked if line.startswith("finetune")] == names
     assert [line.split()[0] for line in asked[:2]] == ["pretrain", "probe"] and asked[-1] == "report"
     for line in asked:
@@ -166,6 +170,23 @@ echo "$file" "$@" >> asked
         elif line.startswith("finetune"):
             words = [*words, "--lr", "5e-4"]
         perform(*words)
+
+
+def test_tiny_paper_is_the_study_of_eight_encoders(tmp_path):
+    asked = asked_by_run_all(tmp_path, "tiny-paper", "--pretrain-steps", "9", "--seed", "1", "--steps", "5")
+    at, few = "--seed 1 {}--pretrain-steps 9", "--pictures 2400 "
+    assert [line for line in asked if line.startswith("pretrain")] == [
+        f"pretrain tiny-few --seed 1 {few}--pretrain-steps 9", "pretrain tiny " + at.format(""),
+        "pretrain_mae tiny-mae " + at.format(""), "pretrain_dino tiny-dino " + at.format(""),
+        f"pretrain_contrastive tiny-clip-few --seed 1 {few}--pretrain-steps 9",
+        "pretrain_contrastive tiny-clip " + at.format(""), "pretrain tiny-large " + at.format("--large "),
+        "pretrain_contrastive tiny-clip-large " + at.format("--large ")]
+    tuned = [line.split() for line in asked if line.startswith("finetune")]
+    for encoder in PUBLISHED["in small"]:
+        text = ["zeroshot", "zeroshot-full"] if "clip" in encoder else []
+        assert [words[3] for words in tuned if words[1] == encoder] == ["aligned", "full", *text]
+        assert f"subsets {encoder} --name full --seed 1" in asked
+    assert asked.count("report") == 8
 
 
 def test_bench_measures_every_part(left, tmp_path, monkeypatch, capsys):

@@ -26,6 +26,7 @@ def emerged(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generated, "draw_pretraining", few_pictures)
         patch.setattr(emergence, "LEARNING_RATES", [1e-3, 1e-2])
+        patch.setattr(emergence, "SEARCHED", 1)
         for scheme in SCHEMES:
             patch.setattr(f"{scheme}.ARCHITECTURE", NARROW)
         args = emergence.parse_args(["--runs", str(runs), *SMALL])
@@ -58,7 +59,8 @@ def test_every_encoder_has_a_row_of_the_stages_own_figures(emerged):
         merge = json.loads((folder / "merge.json").read_text())
         tuned = json.loads((folder / "finetune.json").read_text())
         assert tuned["config"]["recipe"]["probe"] == "converged" and set(tuned["tasks"]) == set(TASKS)
-        assert row["probing"] == merge["probing"]["converged"]["absolute"] == merge["test_lambda0"]["absolute"]
+        probing = merge["probing"]["converged"]["absolute"]
+        assert row["probing"] == probing == merge["test_lambda0"]["absolute"]
         assert row["addition"] == merge["test"]["absolute"] and row["n"] == 1200
         xi = json.loads((folder / "disentangle.json").read_text())["pairs"]
         assert set(xi) == {"glyphs-signs", "signs-textures", "textures-glyphs"}
@@ -118,7 +120,8 @@ def test_mean_deviation_and_rank_correlation_over_seeds():
             row_of("mae", 25, 2, .6, None)]
     random, mae = emergence.over_seeds(rows)
     assert (random["scheme"], random["seeds"], mae["seeds"]) == ("random", 1, 3)
-    assert mae["probing"] == pytest.approx([.6, np.std([.5, .7, .6], ddof=1)]) and random["probing"] == [.2, None]
+    assert mae["probing"] == pytest.approx([.6, np.std([.5, .7, .6], ddof=1)])
+    assert random["probing"] == [.2, None]
     assert mae["xi, as it is, prediction"] == pytest.approx([.2, np.std([.1, .3], ddof=1)])
     assert emergence.rank_correlations(rows) == {"as it is": pytest.approx(-1)}
     assert emergence.rank_correlations(rows[:2]) == {"as it is": None}

@@ -416,6 +416,32 @@ def test_a_tower_is_refused_beside_another_encoder(four, tmp_path):
         text_heads.text_tower(encoders.load_encoder("clip", runs), folder=runs / "clip")
 
 
+# --------------------------------------------------------------------------------------- amount and size
+
+
+def test_fewer_pictures_are_some_of_them_with_their_labels_and_captions(tmp_path, small_encoder):
+    pixels, labels, drawn = few_pictures()
+    phrases = captions.captions(labels, drawn)
+    cut = pretraining.gathered([pixels], labels, phrases, small_encoder, torch.device("cpu"), 50, seed=3)
+    whole = pretraining.gathered([pixels], labels, phrases, small_encoder, torch.device("cpu"))
+    assert len(cut.images) == len(cut.labels) == len(cut.captions) == 50
+    for image, label, phrase in zip(cut.images[:5], cut.labels, cut.captions, strict=False):
+        [at] = (whole.images == image).all(3).all(2).all(1).nonzero().flatten().tolist()
+        assert labels[at] == label and phrases[at] == phrase
+    perform("pretrain_mae", "few", "--runs", tmp_path, *STEPS, "--pictures", "100")
+    assert result(tmp_path, "few")["pictures"] == 100
+    assert "--pictures 961: there are 960" in refuse("pretrain", "x", "--runs", tmp_path, "--pictures", "961")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_larger_encoder_is_one_by_its_description(scheme, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretraining, "LARGE", {"embed_dim": 48, "depth": 2, "num_heads": 3})
+    perform(scheme, "big", "--runs", tmp_path, *STEPS, "--large")
+    kwargs = description(tmp_path, "big")["architecture"]["kwargs"]
+    assert kwargs == NARROW["kwargs"] | {"embed_dim": 48, "depth": 2, "num_heads": 3}
+    assert encoders.load_encoder("big", tmp_path).module(torch.zeros(1, 3, 32, 32)).shape == (1, 48)
+
+
 # --------------------------------------------------------------------------------------- own pictures
 
 

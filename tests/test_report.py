@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import perform, refuse
 
-from lib import files
+from lib import files, schemes
 
 
 def test_the_report_opens_with_the_three_questions_answered_from_the_stages_files(both):
@@ -27,6 +27,25 @@ def test_the_report_opens_with_the_three_questions_answered_from_the_stages_file
                  f"The control full, whose heads train along, gets {100 * full['test']['absolute']:.1f} %"):
         assert said in opening, said
     assert merge["gain"]["mean"] == pytest.approx(test["absolute"] - merge["test_lambda0"]["absolute"])
+
+
+def test_the_paper_in_small_stands_beside_the_paper(study):
+    merge, variants = json.loads((study / "tiny/aligned/merge.json").read_text()), {}
+    for name, more in (("tiny", 0), ("tiny-mae", -.1), ("tiny-dino", -.05), ("timm:x", .2)):
+        test = merge["test"] | {"absolute": .6 + more, "normalized": .8 + more}
+        zero = merge["test_lambda0"] | {"absolute": .5 + 2 * more}
+        variants[name, "aligned"] = {"merge.json": merge | {"test": test, "test_lambda0": zero}}
+    assert schemes.paper_in_small({key: variants[key] for key in list(variants)[-1:]}) == []
+    heading, (_, table), (_, orders), about = schemes.paper_in_small(variants)
+    assert heading[1] == "The paper in small: aligned (arXiv:2511.14569 Table 1)" and len(table) == 3
+    assert table[0]["encoder"] == "tiny" and table[0]["stands for"] == "vit_b16_sup_in21k"
+    assert (table[0]["lambda = 0"], table[0]["addition"]) == ("50.0 / 80.7", "60.0 / 81.7")
+    assert table[0]["lambda"] == f"{merge['best_lambda']:g} / 0.05"
+    assert orders == [  # DINO is published as 82.2, 90.9 and a gain of 0, MAE as 63.1, 73.0 and .3
+        {"": "DINO above MAE", "addition": "+5.0 / +19.1", "normalized": "+5.0 / +17.9",
+         "gain": "-5.0 / -0.3"},
+        {"": "supervised above DINO", "addition": "+5.0 / -0.5", "normalized": "+5.0 / -1.6",
+         "gain": "-5.0 / +1.0"}]
 
 
 def test_every_picture_is_there_and_in_the_page(both):
