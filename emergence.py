@@ -20,6 +20,7 @@ Writes  runs/emergence/seedSEED/SCHEME-stepSTEP/, all that the stages write; run
 Source  left open by arXiv:2511.14569; xi is that of disentangle.py
 """
 import argparse
+import itertools
 import time
 from pathlib import Path
 
@@ -179,8 +180,9 @@ def measure(words, folder, settings):
     """
     tasks = list(read_json(folder / "finetune.json", "python finetune.py")["tasks"])
     pairs = ring(tasks)
-    words = [*words, "--pairs", ",".join(disentangle.pair_name(a, b) for a, b in pairs), "--metric", "both",
-             "--points", POINTS, "--limit", LIMIT, "--samples", settings["samples"]]
+    named = ",".join(itertools.starmap(disentangle.pair_name, pairs))
+    words = [*words, "--pairs", named, "--metric", "both", "--points", POINTS, "--limit", LIMIT, "--samples",
+             settings["samples"]]
     stage(disentangle, *words)
     merge = read_json(folder / "merge.json", "python merge_eval.py")
     vectors = read_json(folder / "vectors.json", "python make_vectors.py")
@@ -250,7 +252,7 @@ def xi_of_scaled(study, evaluator, pairs, scales, samples):
     pairs = [pair for pair in pairs if None not in (scales[pair[0]], scales[pair[1]])]
     lambdas, metrics = np.linspace(-LIMIT, LIMIT, POINTS), list(disentangle.METRICS)
     images, vectors = {}, {}
-    for name in {name for pair in pairs for name in pair}:
+    for name in set(itertools.chain(*pairs)):
         images[name] = sample(study.tasks[name].splits["test"], samples, study.seed)
         vector = load_vector(study.source, name, study.encoder)
         vectors[name] = {key: scales[name] * tensor for key, tensor in vector.items()}
@@ -281,10 +283,11 @@ def over_seeds(rows):
     table = []
     for scheme, step in sorted(groups, key=lambda group: (list(SCHEMES).index(group[0]), group[1])):
         group = groups[scheme, step]
-        values = {column: [row[column] for row in group] for column in COLUMNS}
-        for way in group[0]["xi"]:
-            for metric in disentangle.METRICS:
-                values[f"xi, {way}, {metric}"] = [row["xi"][way][metric] for row in group]
+        values = {}
+        for column in COLUMNS:
+            values[column] = [row[column] for row in group]
+        for way, metric in itertools.product(group[0]["xi"], disentangle.METRICS):
+            values[f"xi, {way}, {metric}"] = [row["xi"][way][metric] for row in group]
         spread = {column: mean_and_deviation(found) for column, found in values.items()}
         table.append({"scheme": scheme, "step": step, "seeds": len(group), **spread})
     return table

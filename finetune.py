@@ -96,7 +96,7 @@ def parse_args(argv=None):
              "to the step's, its one clip and update (default: on a GPU as many as fit, else all)")
     add("--lr", type=flags.positive_float,
         help="peak learning rate (default: a search over decades on one task, cars or else the first; "
-             "tiny 5e-4 for aligned)")
+             "tiny 1e-3 for aligned)")
     add("--save-minutes", type=flags.positive_float, default=5.0,
         help="minutes between two savings of the training state (default 5)")
     args = parser.parse_args(argv)

@@ -32,7 +32,7 @@ ARCHITECTURE = {"library": "timm", "name": "vit_tiny_patch16_224",
                 "kwargs": {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4,
                            "class_token": False, "global_pool": "avg", "fc_norm": False, "num_classes": 0}}
 SETTINGS = {  # of later stages, sized for two CPU cores
-    "finetune": {"steps": 120, "batch_size": 64, "lr": {"aligned": 5e-4}},    # other recipes search theirs
+    "finetune": {"steps": 120, "batch_size": 64, "lr": {"aligned": 1e-3}},    # other recipes search theirs
     "disentangle": {"points": 13, "samples": 128},
     "subsets": {"images_per_task": 60},
 }

@@ -44,7 +44,9 @@ while [ $# -gt 0 ]; do
     --runs) report+=("$1" "${2-}"); stages=shared ;;
     --tasks | --data) stages=studied ;;                    # the study's, not the pictures of a pre-training
     --weights | --image-size | --device | --dtype | --compile | --seed) stages=shared ;;
-    --pretrain-steps | --checkpoints | --pictures) [ "$scheme" ] || refuse "$1: $encoder comes trained"; stages=pretrain ;;
+    --pretrain-steps | --checkpoints | --pictures)
+      [ "$scheme" ] || refuse "$1: $encoder comes trained"
+      stages=pretrain ;;
     --probe-steps | --probe-lr) stages=probe ;;
     --steps | --lr | --batch-size | --micro-batch | --save-minutes) stages=finetune ;;
     --probe) stages=against ;;
@@ -61,7 +63,8 @@ if [ $everything = no ] && [ ${#subsets[@]} -gt 0 ]; then refuse "${subsets[0]} 
 source tests/setup.sh
 has_text() {
   if [ "$scheme" ]; then [ $scheme = pretrain_contrastive ]; return; fi
-  python -c "import sys; from lib.encoders import text_tower; sys.exit(not text_tower(sys.argv[1]))" "$encoder"
+  local code="import sys; from lib.encoders import text_tower; sys.exit(not text_tower(sys.argv[1]))"
+  python -c "$code" "$encoder"
 }
 names=(aligned)
 if [ $everything = yes ]; then

@@ -22,7 +22,7 @@ SMALL = ["--tasks", ",".join(TASKS), "--pretrain-steps", "80", "--probe-steps", 
          "--steps", "20", "--batch-size", "32", "--lambdas", "11", "--points", "5", "--samples", "100"]
 TIMM = "timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 STAGES = {  # the settings of SMALL, stage by stage
-    "probe": ["--probe-steps", "300"], "finetune": ["--steps", "20", "--batch-size", "32", "--lr", "5e-4"],
+    "probe": ["--probe-steps", "300"], "finetune": ["--steps", "20", "--batch-size", "32", "--lr", "1e-3"],
     "make_vectors": [], "merge_eval": ["--lambdas", "11"],
     "disentangle": ["--points", "5", "--samples", "100"],
 }

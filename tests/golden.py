@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 SHARED = ["tiny", "--device", "cpu", "--dtype", "fp32", "--compile", "off"]
 TASKS = ["--tasks", "glyphs,textures"]
 TRAINING = {  # name: how its theta_t are made
-    "aligned": ["--steps", "20", "--batch-size", "32", "--lr", "5e-4"],
+    "aligned": ["--steps", "20", "--batch-size", "32", "--lr", "1e-3"],
     "full": ["--steps", "20", "--batch-size", "32"],
     "attention": ["--steps", "20", "--batch-size", "32", "--lr", "1e-3"],
     "linearized": ["--steps", "6", "--batch-size", "32", "--lr", "1e-3"],

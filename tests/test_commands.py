@@ -94,7 +94,7 @@ def as_run(command, runs):
     if script == "finetune" and "full" in words:
         small = FEW_STEPS
     elif script == "finetune" and not {"--lr", "--name"} & set(words):
-        small = [*small, "--lr", "5e-4"]                   # as the study was made
+        small = [*small, "--lr", "1e-3"]                   # as the study was made
     return [script, *words, *small, "--runs", runs]
 
 
@@ -168,7 +168,7 @@ def test_the_commands_of_run_all_are_not_refused(left, tmp_path, few_pictures, f
         if line.startswith("finetune") and "--name aligned" not in line:
             words = [*words, *FEW_STEPS]
         elif line.startswith("finetune"):
-            words = [*words, "--lr", "5e-4"]
+            words = [*words, "--lr", "1e-3"]
         perform(*words)
 
 

@@ -4,6 +4,7 @@ import json
 import disentangle
 import emergence
 import numpy as np
+import probe
 import pytest
 import torch
 from conftest import TASKS, draw_few, perform, refuse
@@ -27,6 +28,7 @@ def emerged(tmp_path_factory):
         patch.setattr(generated, "draw_pretraining", few_pictures)
         patch.setattr(emergence, "LEARNING_RATES", [1e-3, 1e-2])
         patch.setattr(emergence, "SEARCHED", 1)
+        patch.setattr(probe, "LEARNING_RATES", [0.1])
         for scheme in SCHEMES:
             patch.setattr(f"{scheme}.ARCHITECTURE", NARROW)
         args = emergence.parse_args(["--runs", str(runs), *SMALL])
