@@ -262,10 +262,10 @@ def test_damaged_downloads_are_deleted_and_refused(tmp_path, monkeypatch):
 
 READ_DTD = """
 import common
-from lib import images, reading, study
+from lib import encoders, reading, study
 
 def main(args):
-    encoded, _, _ = reading.read_dataset("dtd", "tanganke/dtd", common.TASKS["dtd"], images.input_column)
+    encoded, _, _ = reading.read_dataset("dtd", "tanganke/dtd", common.TASKS["dtd"], encoders.Encoder)
     print(len(encoded["test"]), "images")
 
 study.run(main, dict)
