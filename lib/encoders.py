@@ -98,7 +98,7 @@ def describe(module, architecture, size, mean, std, crop_pct, **more):
 
 def as_encoder(module, description, fingerprint="", folder=None):
     """The Encoder that a description and a module make; of texts the language.TextEncoder of runs/ENCODER."""
-    if description["architecture"]["library"] == "transformers":
+    if "tokenizer" in description:
         return language.as_encoder(module, description, fingerprint, folder)
     own = {key: description[key] for key in ("size", "side", "width")}
     statistics = {key: tuple(description[key]) for key in ("mean", "std")}

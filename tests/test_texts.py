@@ -1,7 +1,7 @@
 """Encoders of texts against transformers' own forward pass, and texts through every stage."""
-import dataclasses
 import json
 import shutil
+import sys
 
 import common
 import datasets
@@ -11,7 +11,8 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import edit, perform, refuse
+from conftest import edit, perform, refuse, stage
+from stand_in_hub import client_environment, serve, write_data_set
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 from lib import encoders, files, language, linearized, text_heads, texts
@@ -319,6 +320,28 @@ def test_a_t5_trains_against_its_own_words(t5, data, tmp_path):
     rows = json.loads((tmp_path / "transformers_tiny_t5/zeroshot/finetune.json").read_text())["tasks"]
     assert set(rows) == {"sst2", "rte"} and all(0 <= row["zero_shot"] <= 1 for row in rows.values())
     perform("make_vectors", *shared)
+
+
+def test_an_encoder_and_a_task_come_from_a_hub_under_their_real_names(bert, tmp_path):
+    """GLUE's validation is the test split; the hub's own has labels of -1."""
+    splits = {}
+    for split, n in (("train", 2490), ("validation", 277), ("test", 30)):
+        labels = [-1] * n if split == "test" else [0, 1] * (n // 2) + [0] * (n % 2)
+        columns = {"sentence1": sentences(n, 4, 0), "sentence2": sentences(n, 4, 1), "label": labels}
+        features = datasets.Features({
+            "sentence1": datasets.Value("string"), "sentence2": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["entailment", "not_entailment"])})
+        splits[split] = datasets.Dataset.from_dict(columns, features=features)
+    write_data_set(tmp_path / "glue", {"rte": datasets.DatasetDict(splits)})
+    with serve({"datasets/nyu-mll/glue": tmp_path / "glue", "tiny/bert": bert}) as (url, seen):
+        finished = stage(sys.executable, "probe.py", BERT, "--runs", tmp_path / "runs", "--tasks", "rte",
+                         "--probe-steps", "5", "--probe-lr", "0.1",
+                         env=client_environment(url, tmp_path / "home"))
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    loaded = {path.rpartition("/")[2] for verb, path, status in seen if (verb, status) == ("GET", 200)}
+    assert {"model.safetensors", "tokenizer.json"} <= loaded
+    row = json.loads((tmp_path / "runs/transformers_tiny_bert/probe.json").read_text())["tasks"]["rte"]
+    assert (row["paper"]["n_val"], row["paper"]["n_test"], row["classes"]) == (249, 277, 2)
 
 
 # --------------------------------------------------------------------------------------- inputs
