@@ -88,6 +88,10 @@ class Pooled(torch.nn.Module):
     def __init__(self, model, pad, separator, first):
         super().__init__()
         self.model, self.pad, self.separator, self.first = model, pad, separator, first
+        # ready-made for sdpa, which then takes one kernel whether there is padding or not; local attention
+        # (ModernBERT) makes masks of its own
+        local = any(getattr(model.config, key, None) for key in ("local_attention", "sliding_window"))
+        self.ready_mask = model._supports_sdpa and not local
 
     def forward(self, tokens):
         """(B, L) tokens -> (B, D)."""
@@ -96,8 +100,7 @@ class Pooled(torch.nn.Module):
         if self.separator is not None:
             ended = (tokens == self.separator).cumsum(1) - (tokens == self.separator).long()
             more["token_type_ids"] = (ended > 0).long() * real                             # (B, L)
-        # ready-made: transformers would first look whether there is padding, and take another kernel
-        mask = real[:, None, None] if self.model._supports_sdpa else real
+        mask = real[:, None, None] if self.ready_mask else real                            # (B, 1, 1, L)
         states = self.model(input_ids=tokens, attention_mask=mask, **more).last_hidden_state   # (B, L, D)
         if self.first:
             return states[:, 0]

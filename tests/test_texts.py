@@ -166,6 +166,25 @@ def test_a_berts_feature_is_transformers_own(bert, data, tmp_path, pooling):
         assert ours.std(0).mean() > 0.05                   # texts are told apart
 
 
+@pytest.mark.parametrize("kind, pad", [("roberta", 1), ("mpnet", 1), ("modernbert", 0)])
+def test_other_families_features_are_transformers_own(kind, pad):
+    """Also of texts longer than what local attention sees."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        kind, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, vocab_size=100,
+        pad_token_id=pad, initializer_range=0.5)
+    model = transformers.AutoModel.from_config(language.without_dropout(config)).eval()
+    tokens = torch.randint(4, 90, (3, 300))
+    tokens[0, 250:] = pad
+    mask = (tokens != pad).long()
+    with torch.no_grad():
+        states = model(input_ids=tokens, attention_mask=mask).last_hidden_state
+        module = language.as_module(model, {"name": kind, "pad": pad, "separator": None, "pooling": "mean"})
+        ours = module.eval()(tokens.int())
+    expected = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_a_t5s_logits_and_answers_are_transformers_own(t5, data, tmp_path):
     encoder = encoders.load_encoder(T5, tmp_path, t5)
     model = transformers.T5ForConditionalGeneration.from_pretrained(t5).eval()
