@@ -293,9 +293,9 @@ class Evaluator:
 
         stored   shape of one input as stored, where that decides the shape the module takes
         """
-        example = self.as_dtype(self.encoder.example(self.batch_size, stored))
         try:
-            with torch.inference_mode():
+            with torch.inference_mode():                   # made in it, else the first chunk compiles anew
+                example = self.as_dtype(self.encoder.example(self.batch_size, stored))
                 self.forward_pass(example.to(self.device))
         except torch._dynamo.exc.TorchDynamoException as error:    # no working compiler, no cache folder
             self.forward = self.module

@@ -15,7 +15,7 @@ from conftest import edit, perform, refuse, stage
 from stand_in_hub import client_environment, serve, write_data_set
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
-from lib import encoders, files, language, linearized, text_heads, texts
+from lib import encoders, files, flags, language, linearized, text_heads, texts
 
 CPU = torch.device("cpu")
 WORDS = "a the film book is was good bad dull bright very not so it we saw read and or yes no".split()
@@ -246,6 +246,27 @@ def test_tasks_of_different_lengths_in_one_call_are_as_one_at_a_time(small_bert,
     assert any(len(set(hits)) > 1 for hits in counted)
 
 
+def test_a_graph_is_compiled_for_each_length(small_bert, data, tmp_path, monkeypatch):
+    """One whole graph each, of which the example's is one; what is compiled is what is eager."""
+    graphs = []
+
+    def backend(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(common, "compile_module",
+                        lambda module: torch.compile(module, dynamic=False, fullgraph=True, backend=backend))
+    tasks = load_tasks(small_bert, data, tmp_path)
+    splits = [tasks[name].splits["test"] for name in ("short", "rte")]
+    compiled = common.Evaluator(small_bert, CPU, torch.float32, compile=True)
+    assert compiled.compile_now(splits[0].inputs.shape[1:]) == "" and len(graphs) == 1
+    found = compiled.features(splits)
+    assert len(graphs) == 2
+    eager = common.Evaluator(small_bert, CPU, torch.float32).features(splits)
+    for ours, theirs in zip(found, eager, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_the_expansion_is_the_derivative(small_bert, t5, tmp_path):
     """Forward mode against reverse mode: v (J tau) = (v J) tau for any v."""
     for encoder in (small_bert, encoders.load_encoder(T5, tmp_path, t5)):
@@ -404,6 +425,11 @@ def small_task(folder, **columns):
     for split in ("train", "test"):
         write_rows(folder, split, {name: values for name, values in rows.items() if values is not None})
     return folder
+
+
+def test_help_shows_the_prompts():
+    said = flags.stage_parser("").format_help()
+    assert all(prompt in said for prompt in texts.PROMPTS.values())
 
 
 def test_bad_texts_are_refused_in_one_line(bert, tmp_path):
