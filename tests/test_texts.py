@@ -1,31 +1,21 @@
 """Encoders of texts against transformers' own forward pass, and texts through every stage."""
 import json
 import shutil
-import sys
 
 import common
 import datasets
 import finetune
 import numpy as np
 import pytest
-import tokenizers
 import torch
 import transformers
-from conftest import edit, perform, refuse, stage
-from stand_in_hub import client_environment, serve, write_data_set
-from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
+from conftest import edit, perform, refuse
+from small_language import save_model, sentences, small_bert_folder, word_tokenizer
 
 from lib import encoders, files, flags, language, linearized, text_heads, texts
 
 CPU = torch.device("cpu")
-WORDS = "a the film book is was good bad dull bright very not so it we saw read and or yes no".split()
 BERT, T5 = "transformers:tiny/bert", "transformers:tiny/t5"
-
-
-def sentences(n, longest, seed):
-    """Random sentences of 2 to `longest` words."""
-    rng = np.random.default_rng(seed)
-    return [" ".join(rng.choice(WORDS, rng.integers(2, longest + 1))) for _ in range(n)]
 
 
 def write_task(folder, longest, pair=(), classes=("negative", "positive"), n=(60, 40)):
@@ -48,37 +38,10 @@ def write_rows(folder, split, columns, features=None):
     rows.to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
 
 
-def word_tokenizer(specials, template):
-    """A tokenizer of whole words and letters; a special token's number is its place."""
-    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token=specials[-1]))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    corpus = [" ".join([*WORDS, *"negative positive contrary contrast 0 1 2 3 4 5".split()])] * 20
-    trainer = trainers.WordPieceTrainer(vocab_size=120, special_tokens=specials, show_progress=False)
-    tokenizer.train_from_iterator(corpus, trainer)
-    ids = [(token, number) for number, token in enumerate(specials)]
-    tokenizer.post_processor = processors.TemplateProcessing(**template, special_tokens=ids)
-    return tokenizer
-
-
-def save_model(folder, model, tokenizer, **special):
-    model.save_pretrained(folder)
-    kept = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-    kept.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
     """Folder of a BERT with random weights."""
-    template = {"single": "[CLS] $A [SEP]", "pair": "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1"}
-    tokenizer = word_tokenizer(["[PAD]", "[CLS]", "[SEP]", "[UNK]"], template)
-    torch.manual_seed(0)
-    config = transformers.BertConfig(vocab_size=tokenizer.get_vocab_size(), hidden_size=32,
-                                     num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
-                                     max_position_embeddings=60, initializer_range=0.2)
-    return save_model(tmp_path_factory.mktemp("bert"), transformers.BertModel(config), tokenizer,
-                      pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]")
+    return small_bert_folder(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="module", params=["flan", "v1.0"])
@@ -171,8 +134,8 @@ def test_other_families_features_are_transformers_own(kind, pad):
     """Also of texts longer than what local attention sees."""
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(
-        kind, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, vocab_size=100,
-        pad_token_id=pad, initializer_range=0.5)
+        kind, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48,
+        vocab_size=100, pad_token_id=pad, initializer_range=0.5)
     model = transformers.AutoModel.from_config(language.without_dropout(config)).eval()
     tokens = torch.randint(4, 90, (3, 300))
     tokens[0, 250:] = pad
@@ -353,6 +316,7 @@ def test_texts_go_through_every_stage(bert, data, tmp_path):
     assert len(moved) == 2 * 3 and not any("output" in name for name in moved)
 
 
+@pytest.mark.parametrize("t5", ["flan"], indirect=True)
 def test_a_t5_trains_against_its_own_words(t5, data, tmp_path):
     shared = [T5, "--runs", tmp_path, "--dtype", "fp32", "--compile", "off", "--name", "zeroshot"]
     perform("finetune", *shared, "--tasks", "sst2,rte", "--weights", t5, "--data", data, "--steps", "4",
@@ -360,28 +324,6 @@ def test_a_t5_trains_against_its_own_words(t5, data, tmp_path):
     rows = json.loads((tmp_path / "transformers_tiny_t5/zeroshot/finetune.json").read_text())["tasks"]
     assert set(rows) == {"sst2", "rte"} and all(0 <= row["zero_shot"] <= 1 for row in rows.values())
     perform("make_vectors", *shared)
-
-
-def test_an_encoder_and_a_task_come_from_a_hub_under_their_real_names(bert, tmp_path):
-    """GLUE's validation is the test split; the hub's own has labels of -1."""
-    splits = {}
-    for split, n in (("train", 2490), ("validation", 277), ("test", 30)):
-        labels = [-1] * n if split == "test" else [0, 1] * (n // 2) + [0] * (n % 2)
-        columns = {"sentence1": sentences(n, 4, 0), "sentence2": sentences(n, 4, 1), "label": labels}
-        features = datasets.Features({
-            "sentence1": datasets.Value("string"), "sentence2": datasets.Value("string"),
-            "label": datasets.ClassLabel(names=["entailment", "not_entailment"])})
-        splits[split] = datasets.Dataset.from_dict(columns, features=features)
-    write_data_set(tmp_path / "glue", {"rte": datasets.DatasetDict(splits)})
-    with serve({"datasets/nyu-mll/glue": tmp_path / "glue", "tiny/bert": bert}) as (url, seen):
-        finished = stage(sys.executable, "probe.py", BERT, "--runs", tmp_path / "runs", "--tasks", "rte",
-                         "--probe-steps", "5", "--probe-lr", "0.1",
-                         env=client_environment(url, tmp_path / "home"))
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    loaded = {path.rpartition("/")[2] for verb, path, status in seen if (verb, status) == ("GET", 200)}
-    assert {"model.safetensors", "tokenizer.json"} <= loaded
-    row = json.loads((tmp_path / "runs/transformers_tiny_bert/probe.json").read_text())["tasks"]["rte"]
-    assert (row["paper"]["n_val"], row["paper"]["n_test"], row["classes"]) == (249, 277, 2)
 
 
 # --------------------------------------------------------------------------------------- inputs
