@@ -339,9 +339,9 @@ class Evaluator:
         A chunk is of one shape: neighbours in the stream share chunks where their inputs are alike.
         """
         first = 0
-        for shape, alike in itertools.groupby(splits, self.shape_of):
+        for _, alike in itertools.groupby(splits, self.shape_of):
             alike = list(alike)
-            for begin, end, inputs in self.chunks_alike(alike, shape):
+            for begin, end, inputs in self.chunks_alike(alike):
                 yield first + begin, first + end, inputs
             first += sum(len(split) for split in alike)
 
@@ -349,14 +349,14 @@ class Evaluator:
         """The shape of one input of a split as the module takes it."""
         return self.encoder.example(1, split.inputs.shape[1:]).shape[1:]
 
-    def chunks_alike(self, splits, shape):
+    def chunks_alike(self, splits):
         """chunks of splits whose inputs are all of one shape."""
         total, batch = sum(len(split) for split in splits), self.batch_size
-        example = self.as_dtype(self.encoder.example(1, shape))
+        example = self.as_dtype(self.encoder.example(1, splits[0].inputs.shape[1:]))
         size = max(1, CHUNK_BYTES // example.nbytes // batch) * batch
         for begin in range(0, total, size):
             n, filled, start = min(size, total - begin), 0, 0
-            inputs = torch.zeros(n + -n % batch, *shape, dtype=example.dtype, device=self.device)
+            inputs = torch.zeros(n + -n % batch, *example.shape[1:], dtype=example.dtype, device=self.device)
             for split in splits:
                 low, high = max(begin - start, 0), min(begin + size - start, len(split))
                 for first in range(low, high, 1024):         # bounds the memory that preparing takes

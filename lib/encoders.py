@@ -36,6 +36,7 @@ TEXT_TOWERS = {
     "vit_b16_clip_laion400m": "open_clip:ViT-B-16/",        # with CLIP_400M_FILE
     "vit_b16_clip_laion2b": "open_clip:ViT-B-16/laion2b_s34b_b88k",
     "vit_l14_clip_laion2b": "open_clip:ViT-L-14/laion2b_s32b_b82k",
+    "flan_t5_base": language.LM_HEAD_FILE,                  # which answers in words itself
 }
 
 
@@ -183,7 +184,7 @@ def separate_weights(module):
 
 
 def text_tower(name):
-    """The open_clip model whose image tower an encoder is, as open_clip:ARCH/TAG; None if there is none."""
+    """What makes heads from text: open_clip:ARCH/TAG, whose image tower an encoder is; None: nothing."""
     return name if name.startswith("open_clip:") else TEXT_TOWERS.get(name)
 
 
