@@ -287,7 +287,7 @@ def choose_parameters(module, recipe, what):
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(bool(re.search(recipe.trained, name)))
         count += parameter.numel() if parameter.requires_grad else 0
-        if not parameter.requires_grad and parameter.ndim == 2 and not re.search(OUT, name):
+        if not parameter.requires_grad and parameter.ndim == 2 and not re.search(rf"{OUT}weight$", name):
             found = filter(None, [re.search(rf"(?:^|\.){pattern}", name) for pattern in holders])
             left_out += [match[0].removeprefix(".") for match in found]
     if count == 0:
