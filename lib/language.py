@@ -193,7 +193,8 @@ def build(name, weights, folder):
     print(f"{source}: a text's feature is {SAID[pooling]}, {width} numbers; "
           f"at most {longest} tokens are read", flush=True)
     return module, {"architecture": architecture, "width": width, "longest": longest, "tokenizer": sha256,
-                    "text_tower": LM_HEAD_FILE if answers else None, "tasks": TASKS, "defaults": {}}
+                    "text_tower": LM_HEAD_FILE if answers else None, "tasks": TASKS, "defaults": {},
+                    "transformers": transformers.__version__}
 
 
 SAID = {"first": "its first token's state", "mean": "the mean state of its tokens",
