@@ -3,7 +3,7 @@ import numpy as np
 import tokenizers
 import torch
 import transformers
-from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import models, normalizers, pre_tokenizers, processors
 
 WORDS = "a the film book is was good bad dull bright very not so it we saw read and or yes no".split()
 
@@ -16,12 +16,12 @@ def sentences(n, longest, seed):
 
 def word_tokenizer(specials, template):
     """A tokenizer of whole words and letters; a special token's number is its place."""
-    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token=specials[-1]))
+    letters = "abcdefghijklmnopqrstuvwxyz012345"
+    pieces = [*specials, *letters, *(f"##{letter}" for letter in letters), *WORDS, "negative", "positive"]
+    numbers = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(numbers, unk_token=specials[-1]))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    corpus = [" ".join([*WORDS, *"negative positive contrary contrast 0 1 2 3 4 5".split()])] * 20
-    trainer = trainers.WordPieceTrainer(vocab_size=120, special_tokens=specials, show_progress=False)
-    tokenizer.train_from_iterator(corpus, trainer)
     ids = [(token, number) for number, token in enumerate(specials)]
     tokenizer.post_processor = processors.TemplateProcessing(**template, special_tokens=ids)
     return tokenizer
