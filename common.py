@@ -11,6 +11,7 @@ Source  arXiv:2511.14569; the choices it leaves open are listed in the README
 """
 import copy
 import difflib
+import itertools
 import os
 import re
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ class Registered(NamedTuple):
     n_train: int
     n_test: int
     n_classes: int
+    takes: str = "images"  # or "texts"
+    test: str = "test"     # the split that is tested on; GLUE keeps the labels of its own test splits
+    scores: bool = False   # labels are numbers, the nearest whole one is the class
 
 
 TASKS = {
@@ -48,11 +52,23 @@ TASKS = {
     "sun397": Registered("tanganke/sun397", None, 19850, 19850, 397),
     "svhn": Registered("ufldl-stanford/svhn", "cropped_digits", 73257, 26032, 10),
 }
+GLUE = "nyu-mll/glue"
+TEXT_TASKS = {
+    "cola": Registered(GLUE, "cola", 8551, 1043, 2, "texts", "validation"),
+    "mnli": Registered(GLUE, "mnli", 392702, 9815, 3, "texts", "validation_matched"),
+    "mrpc": Registered(GLUE, "mrpc", 3668, 408, 2, "texts", "validation"),
+    "qqp": Registered(GLUE, "qqp", 363846, 40430, 2, "texts", "validation"),
+    "rte": Registered(GLUE, "rte", 2490, 277, 2, "texts", "validation"),
+    "sst2": Registered(GLUE, "sst2", 67349, 872, 2, "texts", "validation"),
+    "stsb": Registered(GLUE, "stsb", 5749, 1500, 6, "texts", "validation", scores=True),
+}
+REGISTERED = TASKS | TEXT_TASKS
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    inputs: np.ndarray   # (N_all, ...) as stored, memory-mapped: uint8 pixels (N_all, 3, s, s)
+    inputs: np.ndarray   # (N_all, ...) as stored, memory-mapped: uint8 pixels (N_all, 3, s, s), or int32
+                         # tokens (N_all, L)
     indices: np.ndarray  # (N,) int64, which of them belong to this split
     labels: np.ndarray   # (N,) int64
 
@@ -92,12 +108,12 @@ def task_sources(words, data=None, recorded=None):
             sources[name] = str((data / name).resolve())
         elif recorded and name in recorded:
             sources[name] = recorded[name]
-        elif name in TASKS:
-            sources[name] = TASKS[name].hub_id
+        elif name in REGISTERED:
+            sources[name] = REGISTERED[name].hub_id
         elif name in generated.TASKS:
             sources[name] = "generated"
         else:
-            known = [*TASKS, *generated.TASKS]
+            known = [*REGISTERED, *generated.TASKS]
             if data:
                 known += sorted(path.name for path in data.iterdir())
             close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
@@ -110,16 +126,16 @@ def task_sources(words, data=None, recorded=None):
 
 
 def load_task(name, source, encoder, runs, seed=0):
-    """One task's splits, decoded once into runs/inputs/.
+    """One task's splits, decoded or tokenised once into runs/inputs/.
 
     name, source   a pair of task_sources
     encoder        decides how an input is stored (Encoder.store)
     Returns        Task; validation is the pinned min(10 %, 5000) of train, whatever the seed
     Errors         Refused: unreachable hub, no data set in the folder, other row or class counts than
-                   registered, an image that cannot be decoded (named with its index), labels that are no
-                   classes or not among train's, a full disk, a cut cache
+                   registered, an image that cannot be decoded or an empty text (named with its index),
+                   labels that are no classes or not among train's, a full disk, a cut cache
     """
-    folder = store.stored_folder(name, source, TASKS.get(name), encoder, runs, seed)
+    folder = store.stored_folder(name, source, REGISTERED.get(name), encoder, runs, seed)
     arrays, about = store.read_arrays(folder)
     train, val = validation_split(len(arrays["train_labels"]))
     test = np.arange(len(arrays["test_labels"]))
@@ -129,9 +145,9 @@ def load_task(name, source, encoder, runs, seed=0):
     return Task(name, splits, about["classes"], about["sha256"], source)
 
 
-def task_fingerprint(name, source, encoder, runs, seed=0):
-    """SHA-256 of all inputs and labels of a task, without reading them where they are stored already."""
-    return store.read_about(store.stored_folder(name, source, TASKS.get(name), encoder, runs, seed))["sha256"]
+def task_summary(name, source, encoder, runs, seed=0):
+    """{"sha256" of all inputs and labels, "shapes", ...} of a task, itself not read where it is stored."""
+    return store.read_about(store.stored_folder(name, source, REGISTERED.get(name), encoder, runs, seed))
 
 
 def sample(split, n, seed):
@@ -272,11 +288,14 @@ class Evaluator:
         with tensor_float(self.tf32):
             return self.forward(inputs)
 
-    def compile_now(self):
-        """Compile on a batch of zeros; where that fails the forward pass is eager, and this returns why."""
-        example = self.as_dtype(self.encoder.example(self.batch_size))
+    def compile_now(self, stored=None):
+        """Compile on an example batch; where that fails the forward pass is eager, and this returns why.
+
+        stored   shape of one input as stored, where that decides the shape the module takes
+        """
         try:
-            with torch.inference_mode():
+            with torch.inference_mode():                   # made in it, else the first chunk compiles anew
+                example = self.as_dtype(self.encoder.example(self.batch_size, stored))
                 self.forward_pass(example.to(self.device))
         except torch._dynamo.exc.TorchDynamoException as error:    # no working compiler, no cache folder
             self.forward = self.module
@@ -315,9 +334,25 @@ class Evaluator:
             self.slots[name].copy_(tensor)
 
     def chunks(self, splits):
-        """Yield (begin, inputs): the splits as one stream in chunks, prepared and padded to whole batches."""
+        """Yield (begin, end, inputs): the splits as one stream in chunks, prepared, padded to whole batches.
+
+        A chunk is of one shape: neighbours in the stream share chunks where their inputs are alike.
+        """
+        first = 0
+        for _, alike in itertools.groupby(splits, self.shape_of):
+            alike = list(alike)
+            for begin, end, inputs in self.chunks_alike(alike):
+                yield first + begin, first + end, inputs
+            first += sum(len(split) for split in alike)
+
+    def shape_of(self, split):
+        """The shape of one input of a split as the module takes it."""
+        return self.encoder.example(1, split.inputs.shape[1:]).shape[1:]
+
+    def chunks_alike(self, splits):
+        """chunks of splits whose inputs are all of one shape."""
         total, batch = sum(len(split) for split in splits), self.batch_size
-        example = self.as_dtype(self.encoder.example(1))
+        example = self.as_dtype(self.encoder.example(1, splits[0].inputs.shape[1:]))
         size = max(1, CHUNK_BYTES // example.nbytes // batch) * batch
         for begin in range(0, total, size):
             n, filled, start = min(size, total - begin), 0, 0
@@ -331,7 +366,7 @@ class Evaluator:
                     inputs[filled:filled + len(prepared)] = prepared
                     filled += len(prepared)
                 start += len(split)
-            yield begin, inputs
+            yield begin, begin + n, inputs
 
     def stream(self, splits, settings):
         """Yield (k, first, features (n, D)): inputs first, first + 1, ... of the stream under setting k.
@@ -341,7 +376,7 @@ class Evaluator:
         total, batch = sum(len(split) for split in splits), self.batch_size
         with progress(total * len(settings), f"evaluate {len(splits)} splits x {len(settings)} weights",
                       "img") as bar:
-            for begin, inputs in self.chunks(splits):
+            for begin, end, inputs in self.chunks(splits):
                 for k, coefficients in enumerate(settings):
                     own = self.share(k, len(settings), len(inputs) // batch)
                     if own:
@@ -349,8 +384,8 @@ class Evaluator:
                         features = torch.cat([self.forward_pass(inputs[i * batch:(i + 1) * batch])
                                               for i in own])
                         first = begin + own.start * batch
-                        yield k, first, features[:total - first]    # without the padding
-                        bar.update(min(len(features), total - first) * self.world)
+                        yield k, first, features[:end - first]    # without the padding
+                        bar.update(min(len(features), end - first) * self.world)
 
     def share(self, k, n_settings, n):
         """The range of n things that this process does under setting k: all or none, or its part of them."""

@@ -47,9 +47,17 @@ class Recipe(NamedTuple):
     linear: bool = False  # the encoder is its first-order Taylor expansion at theta_pre
 
 
-# the parameters' names in timm and in open_clip; biases of some families are attn.q_bias and attn.v_bias
-PROJECTION = r"attn\.(qkv|qk|kv|w?[qkv]|[qkv]_proj|proj|in_proj|out_proj)[._]"
-LAYER = r"mlp\.(fc1|fc1_[gx]|fc2|c_fc|c_proj)\."
+# the parameters' names in timm, in open_clip (biases of some families are attn.q_bias and attn.v_bias) and in
+# transformers
+QKV = (r"(attn\.(qkv|qk|kv|w?[qkv]|[qkv]_proj|in_proj|Wqkv)|(self|attention)\.(query|key|value)(_proj)?"
+       r"|attention\.[qkv]_lin|Attention\.[qkv])[._]")
+OUT = r"(attn\.(proj|out_proj|o|Wo)|attention\.(output\.dense|out_lin)|Attention\.o)[._]"
+PROJECTION = rf"({QKV}|{OUT})"
+LAYER = (r"(mlp\.(fc1|fc1_[gx]|fc2|c_fc|c_proj|Wi|Wo)|\d\.(intermediate|output)\.dense|ffn\.lin[12]"
+         r"|DenseReluDense\.w[io](_[01])?)\.")
+# a matrix of theirs by another name is found by the names of the modules that hold it
+HOLDERS = {"attn": r"(attn|[Aa]ttention(\.self|\.output)?)\.(?!relative_attention_bias)\w+\.weight$",
+           "mlp": r"(mlp|intermediate|ffn|DenseReluDense)\.\w+\.weight$"}
 ATTENTION = rf"{PROJECTION}weight$"
 ATTENTION_BIAS = rf"{PROJECTION}(weight|bias)$"
 ATTENTION_MLP = rf"({PROJECTION}|{LAYER})weight$"
@@ -61,16 +69,19 @@ RECIPES = {
     "zeroshot": Recipe("text", False),
     "zeroshot-full": Recipe("text", True),
     "attention": Recipe("probed", False, ATTENTION),
+    "attention-qkv": Recipe("probed", False, rf"{QKV}weight$"),
     "attention-bias": Recipe("probed", False, ATTENTION_BIAS),
     "attention-mlp": Recipe("probed", False, ATTENTION_MLP),
     "attention-mlp-bias": Recipe("probed", False, ATTENTION_MLP_BIAS),
     "linearized": Recipe("probed", False, linear=True),
     "attention-zeroshot": Recipe("text", False, ATTENTION),
+    "attention-qkv-zeroshot": Recipe("text", False, rf"{QKV}weight$"),
     "attention-bias-zeroshot": Recipe("text", False, ATTENTION_BIAS),
     "attention-mlp-zeroshot": Recipe("text", False, ATTENTION_MLP),
     "attention-mlp-bias-zeroshot": Recipe("text", False, ATTENTION_MLP_BIAS),
     "linearized-zeroshot": Recipe("text", False, linear=True),
     "attention-random": Recipe("random", True, ATTENTION),
+    "attention-qkv-random": Recipe("random", True, rf"{QKV}weight$"),
     "attention-bias-random": Recipe("random", True, ATTENTION_BIAS),
     "attention-mlp-random": Recipe("random", True, ATTENTION_MLP),
     "attention-mlp-bias-random": Recipe("random", True, ATTENTION_MLP_BIAS),
@@ -252,14 +263,14 @@ def first_heads(recipe, study, paths, weights):
     """{task: the Head that fine-tuning starts from}."""
     if recipe.head == "text":
         from lib import text_heads
-        tower = text_heads.text_tower(study.encoder, weights, study.folder)
+        head_of = text_heads.maker(study.encoder, weights, study.folder, study.device)
     heads = {}
     for name, task in study.tasks.items():
         if recipe.head == "probed":
             made_by = f"python probe.py {study.encoder.name}"
             heads[name] = load_head(paths[name], made_by, task, study.encoder, study.device)
         elif recipe.head == "text":
-            heads[name] = text_heads.text_head(task, *tower, study.device)
+            heads[name] = head_of(task)
         else:
             generator = torch.Generator(study.device).manual_seed(study.seed)
             heads[name] = random_head(study.encoder.width, len(task.classes), generator)
@@ -272,12 +283,13 @@ def choose_parameters(module, recipe, what):
     Errors  Refused: there is none, or a matrix of the attention (the MLP) by another name would stay as it is
     """
     count, left_out = 0, []
-    parts = "|".join(part for part in ("attn", "mlp") if part in recipe.trained)
+    holders = [pattern for part, pattern in HOLDERS.items() if part in recipe.trained]
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(bool(re.search(recipe.trained, name)))
         count += parameter.numel() if parameter.requires_grad else 0
-        if parts and not parameter.requires_grad and parameter.ndim == 2:
-            left_out += re.findall(rf"(?:^|\.)((?:{parts})\.\w+\.weight)$", name)
+        if not parameter.requires_grad and parameter.ndim == 2 and not re.search(rf"{OUT}weight$", name):
+            found = filter(None, [re.search(rf"(?:^|\.){pattern}", name) for pattern in holders])
+            left_out += [match[0].removeprefix(".") for match in found]
     if count == 0:
         raise Refused(f"{what}: no parameter is named like {recipe.trained!r}; "
                       f"recipes aligned and full train any encoder")

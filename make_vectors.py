@@ -25,6 +25,8 @@ from lib.study import open_study, run
 from lib.vectors import norm, save_vector, task_vector, theta_fingerprint
 
 RANK = 8  # singular directions compared per layer
+# parameters' names begin so: in transformers, else with one word and perhaps a number
+BLOCK = re.compile(r"(model\.)?(en|de)coder\.(layer|block)\.\d+|model\.[^.]+|[^.]+(\.\d+(?=\.|$))?")
 
 
 def parse_args(argv=None):
@@ -143,9 +145,8 @@ def of_pairs(matrix):
 
 
 def block_of(key):
-    """The block that owns a parameter: blocks.0, blocks.1, ..., patch_embed, norm, cls_token."""
-    first, *rest = key.split(".")
-    return f"{first}.{rest[0]}" if rest and rest[0].isdigit() else first
+    """The block that owns a parameter: blocks.0, encoder.layer.0, ..., patch_embed, norm, cls_token."""
+    return BLOCK.match(key)[0]
 
 
 def by_block(per_parameter):

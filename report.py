@@ -248,7 +248,8 @@ def section(variant, probe):
         finetune = variant["finetune.json"]
         config, machine = finetune["config"], finetune["machine"]
         searched = f" (searched on {finetune['search']['task']})" if "search" in finetune else ""
-        blocks.append(("p", f"Recipe {config['recipe']['name']}; {config['image_size']} pixels; "
+        pixels = f"{config['image_size']} pixels; " if "image_size" in config else ""
+        blocks.append(("p", f"Recipe {config['recipe']['name']}; {pixels}"
                             f"probing as the paper {probe['config']['steps']} steps at learning rate "
                             f"{probe['lr']:g}; trained against {config['recipe']['probe'] or 'other'} heads; "
                             f"fine-tuning {config['steps']} steps of {config['batch_size']} at "

@@ -1,5 +1,5 @@
 """
-Vision encoders: the eight of the paper by name, `tiny`, and any other through timm or open_clip.
+Encoders: the eight of the paper by name, `tiny`, and any other through timm, open_clip or transformers.
 
     encoder = load_encoder("vit_b16_dino", runs, weights=None, image_size=None)
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lib import images, ranks
+from lib import images, language, ranks
 from lib.files import Refused, load_tensors, save_tensors
 from lib.hub import checked_download, go_offline_if_unreachable
 
@@ -30,11 +30,13 @@ ENCODERS = {
     "vit_b16_clip_laion2b": "timm:vit_base_patch16_clip_224.laion2b",
     "vit_l16_sup_in21k": "timm:vit_large_patch16_224.orig_in21k",
     "vit_l14_clip_laion2b": "timm:vit_large_patch14_clip_224.laion2b",
+    "flan_t5_base": "transformers:google/flan-t5-base",
 }
 TEXT_TOWERS = {
     "vit_b16_clip_laion400m": "open_clip:ViT-B-16/",        # with CLIP_400M_FILE
     "vit_b16_clip_laion2b": "open_clip:ViT-B-16/laion2b_s34b_b88k",
     "vit_l14_clip_laion2b": "open_clip:ViT-L-14/laion2b_s32b_b82k",
+    "flan_t5_base": language.LM_HEAD_FILE,                  # which answers in words itself
 }
 
 
@@ -62,15 +64,25 @@ class Encoder:
         """(B, 3, s, s) uint8 on its device -> (B, 3, S, S) float32, each a random crop, normalised."""
         return images.normalise(images.random_resized_crop(stored, self.size, generator), self.mean, self.std)
 
-    def example(self, n):
-        """Input of the right shape and dtype for the module, n of them."""
+    def example(self, n, stored=None):
+        """Input of the right shape and dtype for the module, n of them, whatever shape is stored."""
         return torch.zeros(n, 3, self.size, self.size)
 
     def store(self, name, encoded, folder):
-        """A data set's undecoded input columns {split: column}, decoded once to be kept: see images.store."""
+        """A data set's undecoded cells {split: cells}, decoded once to be kept: see images.store."""
         return images.store(name, encoded, self.side, folder)
 
-    input_column = staticmethod(images.input_column)
+    def stored_as(self, name):
+        """What decides, besides the data set, how a task is stored."""
+        return self.side
+
+    @property
+    def settings(self):
+        """What a result's config says of the input."""
+        return {"image_size": self.size}
+
+    takes, wants = "images", "one image column"
+    input_columns, cells = staticmethod(images.input_columns), staticmethod(images.cells)
 
 
 def describe(module, architecture, size, mean, std, crop_pct, **more):
@@ -85,8 +97,10 @@ def describe(module, architecture, size, mean, std, crop_pct, **more):
             "side": int(size / crop_pct), "text_tower": None, "tasks": None, "defaults": {}} | more
 
 
-def as_encoder(module, description, fingerprint=""):
-    """The Encoder that a description and a module make."""
+def as_encoder(module, description, fingerprint="", folder=None):
+    """The Encoder that a description and a module make; of texts the language.TextEncoder of runs/ENCODER."""
+    if "tokenizer" in description:
+        return language.as_encoder(module, description, fingerprint, folder)
     own = {key: description[key] for key in ("size", "side", "width")}
     statistics = {key: tuple(description[key]) for key in ("mean", "std")}
     return Encoder(description["encoder"], module, **own, **statistics, fingerprint=fingerprint,
@@ -99,42 +113,48 @@ def as_encoder(module, description, fingerprint=""):
 def run_folder(runs, name):
     """runs/ENCODER for this encoder; `:` and `/` in the name become `_`. Refused if unknown.
 
-    Known are ENCODERS, timm:NAME, open_clip:ARCH/TAG, and folders of runs/ with a pretrained.safetensors.
+    Known are ENCODERS, timm:NAME, open_clip:ARCH/TAG, transformers:NAME, and folders of runs/ with a
+    pretrained.safetensors.
     """
-    sound = re.fullmatch(r"(timm:|open_clip:)?[A-Za-z0-9_][A-Za-z0-9_.\-/]*", name) and ".." not in name
+    form = r"(timm:|open_clip:|transformers:)?[A-Za-z0-9_][A-Za-z0-9_.\-/]*"
+    sound = re.fullmatch(form, name) and ".." not in name
     folder = runs / re.sub("[:/]", "_", name)
     if sound and (name in ENCODERS or ":" in name or (folder / "pretrained.safetensors").exists()):
         return folder
     raise Refused(f"unknown encoder {name!r}{near(name, ENCODERS, 0.4)} (known: {', '.join(ENCODERS)}; "
-                  f"any other as timm:NAME or open_clip:ARCH/TAG, and what pretrain.py and pretrain_*.py "
-                  f"have made)")
+                  f"any other as timm:NAME, open_clip:ARCH/TAG or transformers:NAME, and what pretrain.py "
+                  f"and pretrain_*.py have made)")
 
 
 def load_encoder(name, runs, weights=None, image_size=None):
     """theta_pre from runs/ENCODER/pretrained.safetensors; made on first use from `weights` or the hub.
 
-    Returns  Encoder, module in eval mode, fp32, on the CPU
+    Returns  Encoder (of texts TextEncoder), module in eval mode, fp32, on the CPU
     Errors   Refused: unknown name, unreachable hub, a file that is no checkpoint of this architecture,
              weights or image size other than those runs/ENCODER was begun with
     """
     path = run_folder(runs, name) / "pretrained.safetensors"
-    source = file_sha256(weights) if weights else None
+    source = None
+    if weights:
+        source = language.folder_sha256(weights) if weights.is_dir() else file_sha256(weights)
     with ranks.first(path):
         if not path.exists():
             if name == "tiny":
                 raise Refused(f'{path} is missing: run "python pretrain.py tiny" first')
-            module, description = build_pretrained(name, weights, image_size)
+            module, description = build_pretrained(name, weights, image_size, path.parent)
             save_encoder(path, module, description, source)
     theta, description = load_tensors(path, f"python probe.py {name}", encoder=name)
     if source and source != description["source"]:
         raise Refused(f"{path} was not made from --weights {weights} (SHA-256 {source[:12]}): "
                       f"use another --runs")
+    if image_size and "size" not in description:
+        raise Refused(f"{name} takes texts: leave out --image-size")
     if image_size and image_size != description["size"]:
         raise Refused(f"{path} is for images of {description['size']} pixels, not {image_size}: "
                       f"use another --runs")
     module = build_architecture(description["architecture"])
     module.load_state_dict(theta, strict=True)
-    return as_encoder(module.eval(), description, description["sha256"])
+    return as_encoder(module.eval(), description, description["sha256"], path.parent)
 
 
 def save_encoder(path, module, description, source=None):
@@ -164,7 +184,7 @@ def separate_weights(module):
 
 
 def text_tower(name):
-    """The open_clip model whose image tower an encoder is, as open_clip:ARCH/TAG; None if there is none."""
+    """What makes heads from text: open_clip:ARCH/TAG, whose image tower an encoder is; None: nothing."""
     return name if name.startswith("open_clip:") else TEXT_TOWERS.get(name)
 
 
@@ -173,18 +193,25 @@ def build_architecture(architecture):
     if architecture["library"] == "timm":
         import timm
         return timm.create_model(architecture["name"], pretrained=False, **architecture["kwargs"])
+    if architecture["library"] == "transformers":
+        return language.build_architecture(architecture)
     import open_clip
     model = open_clip.create_model(architecture["name"], pretrained=None, **architecture["kwargs"])
     return only_the_feature(model.visual)
 
 
-def build_pretrained(name, weights, image_size):
-    """(module with its pre-trained weights loaded strictly, description) for any name but tiny."""
+def build_pretrained(name, weights, image_size, folder):
+    """(module with its pre-trained weights loaded strictly, description) for any name but tiny.
+
+    folder   runs/ENCODER, for what goes beside an encoder of texts
+    """
     library, _, model = (ENCODERS.get(name) or name).partition(":")
     try:
         if not weights:
             go_offline_if_unreachable()
-        if library == "open_clip":
+        if library == "transformers":
+            module, taken = language.build(model, weights, folder)
+        elif library == "open_clip":
             module, taken = build_open_clip(model, weights, image_size)
         else:
             module, taken = build_timm(model, checkpoint_file(name, weights), image_size)
@@ -196,15 +223,23 @@ def build_pretrained(name, weights, image_size):
                       f"encoder {name} wants its checkpoint from the hub and could not get it ({reason}): "
                       f"give it as a local file with --weights FILE") from error
     module = module.eval()
-    try:
-        description = describe(module, **taken, encoder=name) | {"text_tower": text_tower(name)}
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise Refused(f"{name} does not take images of {taken['size']} pixels ({error}): "
-                      f"give another --image-size") from error
+    if library == "transformers":
+        description = taken | {"encoder": name}
+    else:
+        description = describe_images(name, module, taken)
     for key, tensor in module.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise Refused(f"{weights or name}: {key} holds values that are not finite")
     return module.float(), description
+
+
+def describe_images(name, module, taken):
+    """The description of a pre-trained encoder of images; Refused where it takes none of that size."""
+    try:
+        return describe(module, **taken, encoder=name) | {"text_tower": text_tower(name)}
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise Refused(f"{name} does not take images of {taken['size']} pixels ({error}): "
+                      f"give another --image-size") from error
 
 
 def checkpoint_file(name, weights):

@@ -14,15 +14,19 @@ from lib.files import Refused
 
 def stage_parser(docstring, dtypes=("auto", "bf16", "fp32")):
     """A parser with the flags every stage has; `--help` shows the docstring with its pasteable commands."""
+    from lib import texts
     from lib.encoders import ENCODERS
     parser = flag_parser(docstring)
+    prompts = [f"  {task:<5} {prompt}" for task, prompt in texts.PROMPTS.items()]
+    parser.epilog = "\n".join(["prompts in which a T5 reads the tasks of GLUE (lib/texts.py):", *prompts])
     add = parser.add_argument
-    add("encoder", help=f"{', '.join(ENCODERS)}, timm:NAME or open_clip:ARCH/TAG")
+    add("encoder", help=f"{', '.join(ENCODERS)}, timm:NAME, open_clip:ARCH/TAG or transformers:NAME")
     add("--tasks", help="comma-separated; NAME of a known task or of a folder in --data, or "
                         "NAME=HUB_ID_OR_FOLDER (default: those of the stage before; probe.py: the encoder's "
                         "own, else the paper's eight)")
     add("--data", type=folder, help="folder of data sets; DIR/NAME is looked for before the hub")
-    add("--weights", type=Path, help="checkpoint file of the encoder, for machines without a hub")
+    add("--weights", type=Path,
+        help="checkpoint file of the encoder, of transformers:NAME its folder, for machines without a hub")
     add("--image-size", type=positive,
         help="pixels; position embeddings are resampled (default: the checkpoint's own)")
     add("--runs", type=folder, default=Path("runs"), help="where results go (default: runs)")

@@ -24,10 +24,17 @@ UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
            7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
 
-def input_column(features):
-    """The names of the image columns among a data set's features."""
+def input_columns(features):
+    """[the image column] among a data set's features; [] where there is none, or more than one."""
     import datasets
-    return [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
+    found = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
+    return found if len(found) == 1 else []
+
+
+def cells(rows, columns):
+    """The undecoded cells {"bytes", "path"} of the image column."""
+    import datasets
+    return rows.cast_column(columns[0], datasets.Image(decode=False))[columns[0]]
 
 
 def store(name, encoded, side, folder):

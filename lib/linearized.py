@@ -129,11 +129,11 @@ class LinearizedEvaluator(Evaluator):
         """(1 + T, N, D): f and every J tau of the stream of splits, this process's share of it."""
         total, batch = sum(len(split) for split in splits), self.batch_size
         terms = torch.zeros(1 + len(self.vectors), total, self.encoder.width, device=self.device)
-        for begin, inputs in self.chunks(splits):
+        for begin, end, inputs in self.chunks(splits):
             batches = len(inputs) // batch
             for i in range(batches * self.rank // self.world, batches * (self.rank + 1) // self.world):
                 first = begin + i * batch
-                last = min(first + batch, total)
+                last = min(first + batch, end)
                 for t, vector in enumerate(self.vectors, 1):
                     with tensor_float(self.tf32):
                         value, tangent = expand(self.module, self.slots, vector,

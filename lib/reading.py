@@ -4,6 +4,7 @@ files say.
 """
 import errno
 import glob
+import math
 import unicodedata
 import warnings
 from pathlib import Path
@@ -20,46 +21,61 @@ SPLIT_FOLDERS = {"train": "train", "training": "train", "test": "test", "testing
                  "evaluation": "test"}
 
 
-def read_dataset(name, source, registered, input_column):
+def read_dataset(name, source, registered, encoder):
     """({split: undecoded inputs}, {split: (N,) int64 labels}, class names) of a hub data set or a folder.
 
-    input_column  function of a data set's features: the names of the columns that hold inputs
+    encoder  what inputs it takes, and how their columns are found (input_columns) and read (cells)
     The classes are those that train's feature names, else the names or numbers that occur in train, in order.
     """
     found = fetch(name, source, registered.config if registered else None)
-    import datasets
+    if registered and registered.test in found:
+        found = found | {"test": found[registered.test]}
     if not {"train", "test"} <= set(found):
         raise Refused(f"task {name}: {source} has splits {', '.join(found)}; train and test are needed")
-    encoded, named, classes = {}, {}, None
+    encoded, named, classes, columns = {}, {}, None, None
     for split in ("train", "test"):
         features = found[split].features
-        columns = input_column(features)
+        missing = [column for column in columns or () if column not in features]
+        if missing:
+            raise Refused(f"task {name}: split {split} of {source} has no column {missing[0]!r} as train has"
+                          f"{near(missing[0], list(features), 0.5)}")
+        columns = columns or encoder.input_columns(features)
         label_columns = [column for column in features if column in LABEL_COLUMNS]
-        if len(columns) != 1 or len(label_columns) != 1:
-            raise Refused(f"task {name}: split {split} of {source} needs one image column and one column "
-                          f"`label`, found {', '.join(features)}")
-        named[split], declared = read_labels(f"task {name}: split {split}", found[split], *label_columns)
+        if not columns or len(label_columns) != 1:
+            hint = "" if label_columns else near("label", list(features), 0.7)
+            raise Refused(f"task {name}: split {split} of {source} needs {encoder.wants} and one column "
+                          f"`label`, found {', '.join(features)}{hint}")
+        named[split], declared = read_labels(f"task {name}: split {split}", found[split], *label_columns,
+                                             encoder.takes, registered and registered.scores)
         classes = classes or declared or sorted(set(named["train"]))
-        encoded[split] = found[split].cast_column(columns[0], datasets.Image(decode=False))[columns[0]]
+        encoded[split] = encoder.cells(found[split], columns)
     labels = {split: class_numbers(name, split, named[split], classes) for split in named}
     counts = (len(labels["train"]), len(labels["test"]), len(classes))
-    if registered and counts != registered[2:]:
-        raise Refused(f"task {name}: {source} has {counts[0]} train and {counts[1]} test images in "
-                      f"{counts[2]} classes; {name} is {registered.n_train} and {registered.n_test} in "
-                      f"{registered.n_classes}: this is another data set, give it another name "
-                      f"(OTHER={source})")
+    if registered and counts != registered[2:5]:
+        there = (f"task {name}: {source} has {counts[0]} train and {counts[1]} test {encoder.takes} in "
+                 f"{counts[2]} classes; {name} is {registered.n_train} and {registered.n_test} in "
+                 f"{registered.n_classes}")
+        # by a name of GLUE go prompts and label words, which hold for a piece of it too
+        piece = encoder.takes == "texts" and source != registered.hub_id and counts[2] == registered.n_classes
+        if not piece:
+            raise Refused(f"{there}: this is another data set, give it another name (OTHER={source})")
+        print(there, flush=True)
     return encoded, labels, classes
 
 
-def read_labels(which, rows, column):
+def read_labels(which, rows, column, takes="images", scores=False):
     """([class of each row], [all classes], None where the column's feature does not name them).
 
     A class is its name, or its number where there are no names; a list of one class is that class.
+
+    scores  the column holds numbers, and the nearest whole one, of two the larger, is the class
     Errors  Refused: too few rows, more than one class or none in a row, what is no class
     """
     if len(rows) < 10:
-        raise Refused(f"{which} has {len(rows)} images; at least 10 are needed")
+        raise Refused(f"{which} has {len(rows)} {takes}; at least 10 are needed")
     values, feature = rows[column][:], rows.features[column]
+    if scores and all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
+        values = [math.floor(value + 0.5) for value in values]
     if hasattr(feature, "feature"):
         if not all(value and len(value) == 1 for value in values):
             raise Refused(f"{which} has other than one class in some rows of column `{column}`: "

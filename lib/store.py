@@ -11,18 +11,29 @@ from lib import generated, ranks
 from lib.files import Refused, block_checksums, checksum, replacing, save_array
 from lib.reading import READING, read_dataset
 
+
 def stored_folder(name, source, registered, encoder, runs, seed):
     """The folder of a task's arrays, made now if it is not there.
 
     registered  common.Registered where the task is one of the paper's, else None
     encoder     decides how inputs are kept
     """
-    identity = json.dumps([name, identify_source(source, seed), encoder.side])
+    refuse_other_inputs(name, source, registered, encoder)
+    identity = json.dumps([name, identify_source(source, seed), encoder.stored_as(name)])
     folder = runs / "inputs" / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
     with ranks.first(folder):
         if not folder.exists():
             build_cache(folder, name, source, registered, encoder, seed)
     return folder
+
+
+def refuse_other_inputs(name, source, registered, encoder):
+    """Refused: a task known to be of images for an encoder of texts, or the other way round."""
+    known = registered.takes if registered else encoder.takes
+    known = "images" if source == "generated" else known
+    if known != encoder.takes:
+        raise Refused(f"task {name} is of {known}, and {encoder.name} takes {encoder.takes}: "
+                      f"give --tasks of {encoder.takes}, or an encoder of {known}")
 
 
 def identify_source(source, seed):
@@ -41,7 +52,7 @@ def identify_source(source, seed):
 def build_cache(folder, name, source, registered, encoder, seed):
     """Write folder/{train,test}_{inputs,labels}.npy and about.json; the folder appears when it is whole."""
     if source != "generated":
-        encoded, labels, classes = read_dataset(name, source, registered, encoder.input_column)
+        encoded, labels, classes = read_dataset(name, source, registered, encoder)
     with replacing(folder) as temporary:
         temporary.mkdir()
         if source == "generated":
@@ -73,9 +84,9 @@ def read_about(folder):
         about = json.loads((folder / "about.json").read_text())
         sound = about.pop("checksum", None) == checksum(about)
     except (FileNotFoundError, ValueError, AttributeError, RecursionError) as error:
-        raise Refused(f"image cache {folder} cannot be read ({error}): {redo}") from error
+        raise Refused(f"input cache {folder} cannot be read ({error}): {redo}") from error
     if not sound:
-        raise Refused(f"image cache {folder} does not match its own checksums: {redo}")
+        raise Refused(f"input cache {folder} does not match its own checksums: {redo}")
     return about
 
 
@@ -90,7 +101,7 @@ def read_arrays(folder):
             arrays[key] = np.load(folder / f"{key}.npy", mmap_mode="r" if key.endswith("_inputs") else None)
             sound = sound and list(arrays[key].shape) == shape
     except (FileNotFoundError, ValueError, EOFError, KeyError, TypeError) as error:
-        raise Refused(f"image cache {folder} cannot be read ({error}): {redo}") from error
+        raise Refused(f"input cache {folder} cannot be read ({error}): {redo}") from error
     if not sound:
-        raise Refused(f"image cache {folder} does not match its own checksums: {redo}")
+        raise Refused(f"input cache {folder} does not match its own checksums: {redo}")
     return arrays, about

@@ -215,12 +215,17 @@ class Study:
         return common.load_head(path, made_by, task, self.encoder, self.device)
 
     @functools.cached_property
+    def summaries(self):
+        """{task: what its stored inputs say of themselves}, without loading them."""
+        summaries = {}
+        for name, source in self.sources.items():
+            summaries[name] = common.task_summary(name, source, self.encoder, self.runs, self.seed)
+        return summaries
+
+    @property
     def data(self):
         """{task: fingerprint of its inputs and labels}, without loading them."""
-        fingerprints = {}
-        for name, source in self.sources.items():
-            fingerprints[name] = common.task_fingerprint(name, source, self.encoder, self.runs, self.seed)
-        return fingerprints
+        return {name: summary["sha256"] for name, summary in self.summaries.items()}
 
     def evaluator(self, images, linear=False, alone=False):
         """The evaluator, or its linear twin; `images` forward passes ahead decide whether compiling pays."""
@@ -230,7 +235,8 @@ class Study:
         compiled, why = compile_pays(mode, self.device, self.encoder, work)
         kind = LinearizedEvaluator if linear else common.Evaluator
         evaluator = kind(self.encoder, self.device, self.dtype, compiled, alone, self.tf32)
-        failed = evaluator.compile_now() if compiled else ""
+        stored = next(iter(self.summaries.values()))["shapes"]["test_inputs"][1:]
+        failed = evaluator.compile_now(stored) if compiled else ""
         if failed and mode == "on":
             raise Refused(f"--compile on: {failed}; leave it out to go on without")
         compiled, why = compiled and not failed, failed or why
@@ -241,7 +247,7 @@ class Study:
     def config(self, settings):
         """A result's config: what every stage has in it, and the settings of its own."""
         return {"encoder": self.encoder.name, "theta_pre": self.encoder.fingerprint,
-                "image_size": self.encoder.size, "seed": self.seed, **settings}
+                **self.encoder.settings, "seed": self.seed, **settings}
 
     def refuse_other_settings(self, file, settings):
         """As `result` does for what is protected, but before its inputs are read, decoded or drawn."""

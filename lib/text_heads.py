@@ -4,17 +4,20 @@ Zero-shot heads: a linear classifier made of a CLIP text tower's embeddings of c
     weight = exp(logit_scale) * normalise(mean over templates of normalise(text(template of class)))   (C, D)
 
 It acts on image features of unit length and has no bias (common.logits). Only encoders with a text tower have
-one: open_clip's, or the small one that pretrain_contrastive.py keeps beside its encoder.
-Source  arXiv:2511.14569 appendix B
+one: open_clip's, or the small one that pretrain_contrastive.py keeps beside its encoder. Of a T5, which
+answers in words, the head are lm_head's rows for the first tokens of the classes' words.
+Source  arXiv:2511.14569 appendix B; arXiv:2407.07089 (Flan-T5)
 """
+import functools
 import re
 
 import torch
 import torch.nn.functional as F
 
 from common import Head
-from lib.encoders import download_clip_400m
+from lib import language, texts
 from lib.captions import TEMPLATES as CAPTION_TEMPLATES
+from lib.encoders import download_clip_400m
 from lib.files import Refused, load_tensors, save_tensors
 from lib.hub import checked_download, go_offline_if_unreachable
 
@@ -47,6 +50,23 @@ def clean(name):
     return re.sub(r"[_/\s]+", " ", name).strip()
 
 
+def maker(encoder, weights, folder, device):
+    """The function from a common.Task to its Head for an encoder that has one from text.
+
+    weights, folder   as text_tower takes them
+    """
+    if encoder.description["text_tower"] == language.LM_HEAD_FILE:
+        return functools.partial(answering_head, encoder, language.load_lm_head(folder, encoder), device)
+    model, tokenizer, templates = text_tower(encoder, weights, folder)
+    return functools.partial(text_head, model=model, tokenizer=tokenizer, templates=templates, device=device)
+
+
+def answering_head(encoder, lm_head, device, task):
+    """The Head of one task from lm_head (V, D): its rows for the classes' words, (C, D)."""
+    rows = texts.label_tokens(task.name, task.classes, encoder.tokenizer)
+    return Head(lm_head[rows].float().to(device), None, normalise=False)
+
+
 def text_tower(encoder, weights=None, folder=None):
     """(model, tokenizer, templates): the open_clip model whose image tower an encoder is, or the small tower.
 
@@ -64,7 +84,7 @@ def text_tower(encoder, weights=None, folder=None):
     if not name:
         raise Refused(f"{encoder.name} has no text tower: a recipe whose head is from text needs a CLIP "
                       f"encoder (vit_b16_clip_laion400m, vit_b16_clip_laion2b, vit_l14_clip_laion2b, "
-                      f"open_clip:ARCH/TAG, or of pretrain_contrastive.py)")
+                      f"open_clip:ARCH/TAG, or of pretrain_contrastive.py), or for tasks of texts a T5")
     import open_clip
     arch, _, tag = name.removeprefix("open_clip:").partition("/")
     try:

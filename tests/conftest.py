@@ -115,7 +115,8 @@ def draw_few(runs):
     """Smaller splits of the study's tasks in runs/inputs, where every stage finds them drawn already."""
     with mock.patch.object(generated, "SPLITS", FEW):
         for name in TASKS:
-            store.stored_folder(name, "generated", None, types.SimpleNamespace(side=generated.SIDE), runs, 0)
+            pictures = types.SimpleNamespace(takes="images", stored_as=lambda name: generated.SIDE)
+            store.stored_folder(name, "generated", None, pictures, runs, 0)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ has_packages() {
   command -v "$1" >/dev/null && "$1" - 2>/dev/null <<'PYTHON'
 import sys, importlib.util
 packages = ["datasets", "filelock", "matplotlib", "numpy", "open_clip", "pandas", "PIL", "pytest",
-            "safetensors", "sklearn", "timm", "torch", "torchvision", "tqdm", "xdist"]
+            "safetensors", "sklearn", "timm", "torch", "torchvision", "tqdm", "transformers", "xdist"]
 sys.exit(sys.version_info < (3, 11) or not all(map(importlib.util.find_spec, packages)))
 PYTHON
 }

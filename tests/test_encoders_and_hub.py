@@ -242,6 +242,31 @@ def test_probe_runs_from_a_hub_under_the_real_names(tmp_path):
     assert all(torch.equal(theta_pre[key], written[key]) for key in theta_pre if key != "pos_embed")
 
 
+def test_an_encoder_of_texts_and_a_task_of_glue_come_from_a_hub(tmp_path):
+    """GLUE's validation is the test split; the hub's own has labels of -1."""
+    import datasets
+    from small_language import sentences, small_bert_folder
+    splits = {}
+    for split, n in (("train", 2490), ("validation", 277), ("test", 30)):
+        labels = [-1] * n if split == "test" else [0, 1] * (n // 2) + [0] * (n % 2)
+        columns = {"sentence1": sentences(n, 4, 0), "sentence2": sentences(n, 4, 1), "label": labels}
+        features = datasets.Features({
+            "sentence1": datasets.Value("string"), "sentence2": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["entailment", "not_entailment"])})
+        splits[split] = datasets.Dataset.from_dict(columns, features=features)
+    bert = small_bert_folder(tmp_path / "bert")
+    write_data_set(tmp_path / "glue", {"rte": datasets.DatasetDict(splits)})
+    with serve({"datasets/nyu-mll/glue": tmp_path / "glue", "tiny/bert": bert}) as (url, seen):
+        finished = stage(sys.executable, "probe.py", "transformers:tiny/bert", "--runs",
+                         tmp_path / "runs", "--tasks", "rte", "--probe-steps", "5", "--probe-lr", "0.1",
+                         env=client_environment(url, tmp_path / "home"))
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    loaded = {path.rpartition("/")[2] for verb, path, status in seen if (verb, status) == ("GET", 200)}
+    assert {"model.safetensors", "tokenizer.json"} <= loaded
+    row = json.loads((tmp_path / "runs/transformers_tiny_bert/probe.json").read_text())["tasks"]["rte"]
+    assert (row["paper"]["n_val"], row["paper"]["n_test"], row["classes"]) == (249, 277, 2)
+
+
 def test_damaged_downloads_are_deleted_and_refused(tmp_path, monkeypatch):
     import huggingface_hub
 
@@ -262,10 +287,10 @@ def test_damaged_downloads_are_deleted_and_refused(tmp_path, monkeypatch):
 
 READ_DTD = """
 import common
-from lib import images, reading, study
+from lib import encoders, reading, study
 
 def main(args):
-    encoded, _, _ = reading.read_dataset("dtd", "tanganke/dtd", common.TASKS["dtd"], images.input_column)
+    encoded, _, _ = reading.read_dataset("dtd", "tanganke/dtd", common.TASKS["dtd"], encoders.Encoder)
     print(len(encoded["test"]), "images")
 
 study.run(main, dict)

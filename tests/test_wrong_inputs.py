@@ -25,7 +25,7 @@ from conftest import (RESULT, STAGES, TASKS, TIMM, as_a_process, image_folder, p
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
 
-from lib import encoders, files, images, reading, store
+from lib import encoders, files, reading, store
 from lib import study as study_module
 
 ALL_TASKS = ["--tasks", ",".join(TASKS)]
@@ -153,7 +153,7 @@ def tables(folder, **columns):
 
 def read(folder, n=3):
     """(first labels of train, of test, classes) of a folder's data set."""
-    _, labels, classes = reading.read_dataset("pets", str(folder), None, images.input_column)
+    _, labels, classes = reading.read_dataset("pets", str(folder), None, encoders.Encoder)
     return labels["train"][:n].tolist(), labels["test"][:n].tolist(), classes
 
 
