@@ -24,13 +24,13 @@ ELSEWHERE = {  # executed by other tests, on what they make
     "finetune vit_b16_clip_laion2b --recipe zeroshot": "test_text_heads.py",
     "probe open_clip:ARCH/TAG": "test_encoders_and_hub.py",
     "probe vit_b16_dino": "test_encoders_and_hub.py, from a stand-in hub",
+    "probe transformers:NAME --tasks cola,sst2": "test_encoders_and_hub.py, from a stand-in hub",
     "emergence": "test_emergence.py, small", "emergence --seeds 1": "test_emergence.py, small",
     "emergence --seeds 0 --schemes random,mae --checkpoints 400": "test_emergence.py, small",
     "bench": "below, at a size that takes seconds",
 }
 SMALL = {  # settings behind what is printed; of two the last counts
     **dict.fromkeys(SCHEMES, ["--pretrain-steps", "3", "--checkpoints", "0,2"]),
-    "pretrain": ["--pretrain-steps", "80", "--checkpoints", "0,2"],
     "probe": [*STAGES["probe"], "--tasks", ",".join(TASKS)],
     "finetune": ["--steps", "20", "--batch-size", "32"], "merge_eval": ["--lambdas", "4"],
     "disentangle": ["--points", "3", "--samples", "40"],
@@ -91,6 +91,8 @@ def as_run(command, runs):
         words = [runs.parent / word for word in words if word.startswith("runs-seed")]
         return [script, "--runs", runs, *(["--seeds", *words] if words else [])]
     small = SMALL.get(script, [])
+    if command.startswith("pretrain tiny") and words[0] == "tiny":
+        small = ["--pretrain-steps", "80"]                  # as the study was made
     if script == "finetune" and "full" in words:
         small = FEW_STEPS
     elif script == "finetune" and not {"--lr", "--name"} & set(words):

@@ -1,8 +1,11 @@
 """emergence.py: encoders along pre-training, xi of vectors as they are, of one norm and of one gain."""
 import json
+import os
+import shutil
 
 import disentangle
 import emergence
+import filelock
 import numpy as np
 import probe
 import pytest
@@ -19,10 +22,18 @@ SMALL = ["--seeds", "0", "--schemes", "random,shuffled", "--checkpoints", "2", "
 ROWS = ["seed0-random-step0", "seed0-shuffled-step4"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def emerged(tmp_path_factory):
-    """A runs folder with a small emergence.json: two encoders, three tasks."""
-    runs = tmp_path_factory.mktemp("emerged") / "runs"
+    """A runs folder with a small emergence.json: two encoders, three tasks; tests leave it as it is."""
+    base = tmp_path_factory.getbasetemp()
+    runs = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "emerged/runs"
+    with filelock.FileLock(runs.parent.with_suffix(".lock")):    # once for all of xdist's workers
+        if not runs.exists():
+            emerge(runs)
+    return runs
+
+
+def emerge(runs):
     draw_few(runs / "emergence/seed0")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generated, "draw_pretraining", few_pictures)
@@ -37,7 +48,6 @@ def emerged(tmp_path_factory):
         emergence.main(args)                               # nothing is measured again
         again = json.loads((runs / "emergence/emergence.json").read_bytes())
         assert again["encoders"] == json.loads(made)["encoders"]
-    return runs
 
 
 def result(runs):
@@ -135,9 +145,12 @@ def test_mean_deviation_and_rank_correlation_over_seeds():
     assert emergence.rank_correlations(rows[:2]) == {"as it is": None}
 
 
-def test_the_report_shows_the_figure_and_the_table(emerged):
-    perform("report", "--runs", emerged)
-    text = (emerged / "report/report.md").read_text()
+def test_the_report_shows_the_figure_and_the_table(emerged, tmp_path):
+    for name in ("emergence.json", "emergence.png"):
+        (tmp_path / "emergence").mkdir(exist_ok=True)
+        shutil.copy(emerged / "emergence" / name, tmp_path / "emergence")
+    perform("report", "--runs", tmp_path)
+    text = (tmp_path / "report/report.md").read_text()
     assert "![emergence](../emergence/emergence.png)" in text
     table = [line for line in text.splitlines() if line.startswith(("| random |", "| shuffled |"))]
     rows = result(emerged)["encoders"].values()
