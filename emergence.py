@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas
 
 import disentangle
 import finetune
@@ -111,30 +112,29 @@ def main(args):
     # ---------------------------------------------------- every encoder
     for row in result.todo:
         start, (seed, scheme, step) = time.perf_counter(), encoders[row]
-        common = ["--runs", folder / f"seed{seed}", "--seed", seed, "--device", args.device]
+        shared = ["--runs", folder / f"seed{seed}", "--seed", seed, "--device", args.device]
         script, more = SCHEMES[scheme]
         checkpoints = ",".join(map(str, looked_at(scheme, args.checkpoints, args.pretrain_steps)))
-        stage(script, scheme, *common, "--pretrain-steps", args.pretrain_steps, "--checkpoints", checkpoints,
+        stage(script, scheme, *shared, "--pretrain-steps", args.pretrain_steps, "--checkpoints", checkpoints,
               *more)
         encoder, there = f"{scheme}-step{step}", folder / f"seed{seed}" / f"{scheme}-step{step}"
-        stage(probe, encoder, *common, *(["--tasks", args.tasks] if args.tasks else []))
-        name = fine_tune([encoder, *common], there, args.steps)
+        stage(probe, encoder, *shared, *(["--tasks", args.tasks] if args.tasks else []))
+        name = fine_tune([encoder, *shared], there, args.steps)
         for script in (make_vectors, merge_eval):
-            stage(script, encoder, *common, "--name", name)
-        found = measure([encoder, *common, "--name", name], there / name, settings)
-        with result.saving(row):
+            stage(script, encoder, *shared, "--name", name)
+        found = measure([encoder, *shared, "--name", name], there / name, settings)
+        with result.saving(row):                           # with what other processes have measured meanwhile
             result.rows[row] = {"seed": seed, "scheme": scheme, "step": step, "lr": float(name[2:]), **found,
                                 "seconds": time.perf_counter() - start}
+            rows = list(result.rows.values())
+            result.values |= {"over_seeds": over_seeds(rows), "rank_correlation": rank_correlations(rows)}
+            plots.emergence(folder / "emergence.png", result.values["over_seeds"], rows)
         print(f"emergence {row}: probing {found['probing']:.4f}, single task {found['single']:.4f}, "
               f"addition {found['addition']:.4f}, xi {found['xi']['as it is']['prediction']:.3f} as it is, "
               f"{found['xi']['norm']['prediction']:.3f} of one norm, {time.perf_counter() - start:.0f} s",
               flush=True)
 
-    # ---------------------------------------------------- mean and deviation over seeds, a picture
-    with result.saving():
-        result.values["over_seeds"] = over_seeds(result.rows.values())
-        result.values["rank_correlation"] = rank_correlations(result.rows.values())
-        plots.emergence(folder / "emergence.png", result.values["over_seeds"], list(result.rows.values()))
+    # ---------------------------------------------------- say
     for way, correlation in result.values["rank_correlation"].items():
         if correlation is not None:
             print(f"emergence: xi, {way}, against probing: rank correlation {correlation:+.2f} over "
@@ -303,12 +303,11 @@ def mean_and_deviation(values):
 def rank_correlations(rows):
     """{way: Spearman's rank correlation of xi with probing over encoders that have this xi, None for few}."""
     found = {}
-    rows = list(rows)
-    for way in rows[0]["xi"] if rows else ():
+    for way in rows[0]["xi"]:
         points = [(row["probing"], row["xi"][way]["prediction"]) for row in rows
                   if row["xi"][way]["prediction"] is not None]
-        ranks = [np.argsort(np.argsort(values)) for values in zip(*points, strict=True)]
-        found[way] = float(np.corrcoef(ranks)[0, 1]) if len(points) > 2 else None
+        ranks = pandas.DataFrame(points).rank()            # equal values share one
+        found[way] = float(ranks.corr().iloc[0, 1]) if len(points) > 2 else None
     return found
 
 

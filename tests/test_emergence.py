@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+from unittest import mock
 
 import disentangle
 import emergence
@@ -43,11 +44,21 @@ def emerge(runs):
         for scheme in SCHEMES:
             patch.setattr(f"{scheme}.ARCHITECTURE", NARROW)
         args = emergence.parse_args(["--runs", str(runs), *SMALL])
+        with mock.patch.object(emergence, "measure", dies_at_the_second(emergence.measure)):
+            with pytest.raises(KeyboardInterrupt):
+                emergence.main(args)
+        perform("report", "--runs", runs)                  # of what a kill has left
+        assert [row["scheme"] for row in result(runs)["over_seeds"]] == ["random"]
         emergence.main(args)
         made = (runs / "emergence/emergence.json").read_bytes()
         emergence.main(args)                               # nothing is measured again
         again = json.loads((runs / "emergence/emergence.json").read_bytes())
         assert again["encoders"] == json.loads(made)["encoders"]
+
+
+def dies_at_the_second(measure):
+    """A function that is `measure` once, and then as if it were interrupted."""
+    return mock.Mock(wraps=measure, side_effect=[mock.DEFAULT, KeyboardInterrupt])
 
 
 def result(runs):
@@ -143,6 +154,10 @@ def test_mean_deviation_and_rank_correlation_over_seeds():
     assert mae["xi, as it is, prediction"] == pytest.approx([.2, np.std([.1, .3], ddof=1)])
     assert emergence.rank_correlations(rows) == {"as it is": pytest.approx(-1)}
     assert emergence.rank_correlations(rows[:2]) == {"as it is": None}
+    ties = [row_of("mae", 25, seed, probing, xi) for seed, (probing, xi) in
+            enumerate([(.1, .3), (.1, .3), (.2, .2), (.3, .2)])]
+    expected = np.corrcoef([1.5, 1.5, 3, 4], [3.5, 3.5, 1.5, 1.5])[0, 1]
+    assert emergence.rank_correlations(ties) == {"as it is": pytest.approx(expected)}
 
 
 def test_the_report_shows_the_figure_and_the_table(emerged, tmp_path):
