@@ -41,7 +41,7 @@ from lib import flags, plots
 from lib.devices import pick_device
 from lib.encoders import weights_of
 from lib.files import Refused, read_json
-from lib.pretraining import ascending_steps
+from lib.pretraining import BATCH_SIZE, ascending_steps
 from lib.results import Result
 from lib.study import open_study, run
 from lib.vectors import load_vector, norm
@@ -128,7 +128,7 @@ def main(args):
                                 "seconds": time.perf_counter() - start}
             rows = list(result.rows.values())
             result.values |= {"over_seeds": over_seeds(rows), "rank_correlation": rank_correlations(rows)}
-            plots.emergence(folder / "emergence.png", result.values["over_seeds"], rows)
+            plots.emergence(folder / "emergence.png", result.values["over_seeds"], rows, BATCH_SIZE)
         print(f"emergence {row}: probing {found['probing']:.4f}, single task {found['single']:.4f}, "
               f"addition {found['addition']:.4f}, xi {found['xi']['as it is']['prediction']:.3f} as it is, "
               f"{found['xi']['norm']['prediction']:.3f} of one norm, {time.perf_counter() - start:.0f} s",

@@ -6,8 +6,8 @@ Every table and figure over everything in runs/, ours beside the published numbe
 
 Reads   runs/*/probe.json, runs/*/NAME/*.json, the heat maps' A-B.npz
 Writes  runs/report/report.md, report.html (one self-contained page), *.png, with --seeds also seeds.json
-Source  arXiv:2511.14569 Tables 1, 3, 4 and Figures 1 to 9; arXiv:2407.07089 Tables 2, 4, 5 and Figures 3,
-        5, 6, 8 to 10; their numbers are in lib/published.json. Nothing is computed here but means over seeds:
+Source  arXiv:2511.14569 Tables 1, 3, 4 and Figures 1 to 9; arXiv:2407.07089 Tables 2 to 5 and Figures 3, 5,
+        6, 8 to 10; their numbers are in lib/published.json. Nothing is computed here but means over seeds:
         every other number stands in the JSON file of its stage
 """
 from pathlib import Path
@@ -16,8 +16,8 @@ import numpy as np
 
 from common import PROBES, TASKS
 from lib import flags, pages
-from lib.comparisons import (PUBLISHED, costs, percent, pictures_of_all, trains_everything,
-                             which_parameters_train)
+from lib.comparisons import (PUBLISHED, costs, inputs_of, percent, pictures_of_all, texts_added,
+                             trains_everything, which_parameters_train)
 from lib.devices import pick_device
 from lib.files import Refused, read_json, replacing, write_json
 from lib.inventory import find_results, not_there_yet, out_of_step, sources
@@ -52,7 +52,7 @@ def main(args):
     if args.seeds:
         blocks += over_seeds(args, variants, out)
     blocks += pictures_of_all(variants, out)
-    blocks += which_parameters_train(variants, out)
+    blocks += which_parameters_train(variants, out) + texts_added(variants)
     blocks += paper_in_small(variants) + pretraining
     blocks += costs(probes, variants)
     for variant in variants.values():
@@ -96,9 +96,9 @@ def one_encoder(variant):
     test, tasks = merge["test"], len(merge["config"]["tasks"])
     return (f"1. Does one encoder serve all tasks? With all {tasks} vectors added at "
             f"lambda = {merge['best_lambda']:g} it gets {percent(test['absolute'])} % of the "
-            f"{sum(test['n'].values()):,} test images right, where {tasks} encoders of their own get "
-            f"{percent(merge['single_task_mean'])} %: {percent(test['normalized'])} % of each task's own "
-            f"accuracy, on average ({variant['name']}).")
+            f"{sum(test['n'].values()):,} test {inputs_of(merge['config'])} right, where {tasks} encoders of "
+            f"their own get {percent(merge['single_task_mean'])} %: {percent(test['normalized'])} % of each "
+            f"task's own accuracy, on average ({variant['name']}).")
 
 
 def disentangled(variant):
@@ -125,7 +125,7 @@ def probing(variant, control):
     merge = variant["merge.json"]
     n = sum(merge["test"]["n"].values())
     behind = 100 * (merge["single_task_mean"] - merge["test"]["absolute"])
-    said = f"3. Is probing nearly as good? On the same {n:,} test images addition is "
+    said = f"3. Is probing nearly as good? On the same {n:,} test {inputs_of(merge['config'])} addition is "
     said += ", and ".join(against_probing(kind, merge["probing"][kind]) for kind in PROBES)
     said += f". It is {behind:.1f} points below single-task encoders."
     if control:
@@ -163,7 +163,7 @@ def accuracy_tables(variants):
         if rows:
             blocks += [("h2", f"{recipe} ({published['table']})"), ("table", rows)]
     if blocks:
-        blocks.append(("p", "Test accuracy in percent, mean over tasks, n test images in all; lambda = 0 has "
+        blocks.append(("p", "Test accuracy in percent, mean over tasks, n test inputs in all; lambda = 0 has "
                             "the heads that the encoder was trained against; normalized: mean over tasks of "
                             "addition / single task; minus paper, minus converged: addition minus either "
                             "way of probing, +- its paired standard error."))
@@ -248,6 +248,7 @@ def section(variant, probe):
         finetune = variant["finetune.json"]
         config, machine = finetune["config"], finetune["machine"]
         searched = f" (searched on {finetune['search']['task']})" if "search" in finetune else ""
+        library = "timm" if inputs_of(config) == "images" else "transformers"
         pixels = f"{config['image_size']} pixels; " if "image_size" in config else ""
         blocks.append(("p", f"Recipe {config['recipe']['name']}; {pixels}"
                             f"probing as the paper {probe['config']['steps']} steps at learning rate "
@@ -255,13 +256,13 @@ def section(variant, probe):
                             f"fine-tuning {config['steps']} steps of {config['batch_size']} at "
                             f"{finetune['lr']:g}{searched}; seed {config['seed']}; "
                             f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, "
-                            f"timm {machine['timm']}, {machine['date']}."))
+                            f"{library} {machine[library]}, {machine['date']}."))
     if "merge.json" in variant:
         merge = variant["merge.json"]
         test, n_val = merge["test"], sum(merge["val"]["n"].values())
         of = "" if merge["of"] == variant["name"] else f"Vectors of {merge['of']}; "
         blocks.append(("p", f"{of}lambda picked from {len(merge['lambdas'])} values on {n_val} validation "
-                            f"images, forward pass in {merge['config']['dtype']}."))
+                            f"{inputs_of(merge['config'])}, forward pass in {merge['config']['dtype']}."))
         rows = []
         for task in merge["config"]["tasks"]:
             single, added = merge["single_task"][task], test["tasks"][task]
@@ -284,7 +285,7 @@ def section(variant, probe):
     for pair, row in variant.get("disentangle.json", {"pairs": {}})["pairs"].items():
         points, limit = row["points"], row["limit"]
         rows.append({"pair": pair, "grid": f"{points} x {points} on [-{limit:g}, {limit:g}]",
-                     "images": " + ".join(map(str, row["samples"])),
+                     "inputs": " + ".join(map(str, row["samples"])),
                      "mean xi in [-1, 1]^2": f"{row['mean_xi_in_box']:.3f}",
                      "xi at the origin": f"{row['xi_at_origin']:g}", "largest xi": f"{row['max_xi']:.2f}"})
     if rows:

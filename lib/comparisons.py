@@ -26,6 +26,11 @@ def trains_everything(recipe):
     return not recipe["trained"] and not recipe["linear"]
 
 
+def inputs_of(config):
+    """"images" or "texts": what a result's encoder takes."""
+    return "images" if "image_size" in config else "texts"
+
+
 # --------------------------------------------------------------------------------------- pictures
 
 
@@ -43,7 +48,7 @@ def pictures_of_all(variants, out):
         caps = {v["scaling.json"]["config"]["images_per_task"] or "all" for v in scaled}
         blocks += [("picture", plots.scaling(out / "scaling.png", scalings)),
                    ("p", f"Normalized test accuracy against the number of merged tasks, lambda picked for "
-                         f"each subset; validation and test images per task at most: "
+                         f"each subset; validation and test inputs per task at most: "
                          f"{', '.join(map(str, caps))}.")]
     similar = {}
     for variant in variants.values():
@@ -172,6 +177,28 @@ def which_parameters_train(variants, out):
     return blocks
 
 
+def texts_added(variants):
+    """Accuracies of encoders of texts on each task: at lambda = 0 and of the sum, beside the paper's sums."""
+    published, rows = PUBLISHED["texts"], []
+    for variant in variants.values():
+        merge = variant.get("merge.json")
+        if merge and inputs_of(merge["config"]) == "texts":
+            for what, accuracies in (("lambda = 0", merge["test_lambda0"]), ("single task", {
+                    "tasks": merge["single_task"], "absolute": merge["single_task_mean"]}),
+                    ("addition", merge["test"])):
+                rows.append({"encoder": variant["encoder"], "name": variant["name"], "of": what,
+                             **{task: percent(value) for task, value in accuracies["tasks"].items()},
+                             "mean": percent(accuracies["absolute"])})
+    if not rows:
+        return []
+    for recipe, *values in published["rows"]:
+        rows.append({"encoder": "paper, Flan-T5-base", "name": recipe, "of": "addition",
+                     **dict(zip(published["columns"], map(str, values), strict=True))})
+    about = ("Test accuracy in percent. The paper's heads are lm_head's rows, as under recipe zeroshot and "
+             "those that end in -zeroshot; its attention trains q, k and v (attention-qkv-zeroshot).")
+    return [("h2", f"Texts ({published['table']})"), ("p", about), ("table", rows)]
+
+
 def both_metrics(variants, out):
     """Pictures of an encoder's heat maps of both metrics, for pairs whose representations were compared."""
     blocks, pairs, folder = [], set(), variants[0]["folder"].parent.name
@@ -210,7 +237,7 @@ def costs(probes, variants):
                 "probing, s": f"{probing_seconds(probe, finetune['tasks']):.0f}" if probed else "",
                 "search, s": search_seconds(finetune),
                 "fine-tuning, s": f"{sum(row['seconds'] for row in trained):.0f}",
-                "images trained on": len(trained) * config["steps"] * config["batch_size"],
+                "inputs trained on": len(trained) * config["steps"] * config["batch_size"],
                 "parameters": f"{cost['trainable_params']:,}",
                 "s per step": f"{cost['seconds_per_step']:.3f}",
                 "peak MiB": f"{cost['peak_memory_bytes'] / 2 ** 20:.0f}",
@@ -222,7 +249,7 @@ def costs(probes, variants):
             rows.append({"encoder": "paper, Flan-T5-base", "name": recipe, "parameters": f"{count:,}",
                          **dict(zip(PUBLISHED["cost"]["columns"][2:], ratios, strict=True))})
     about = ("Medians over tasks; ratios against training all parameters with such heads (arXiv:2407.07089 "
-             "Table 4). Probing: features of every image once, the search, then the heads. Search: the "
+             "Table 4). Probing: features of every input once, the search, then the heads. Search: the "
              "learning rates that were not picked. On a CPU the memory is that of the whole process.")
     return [("h2", "Cost"), ("p", about), ("table", rows)] if rows else []
 

@@ -238,7 +238,7 @@ def describe_machine(device):
         name = torch.cuda.get_device_name(device)
     return {"device": name, "threads": torch.get_num_threads(), "processes": ranks.world(),
             "python": platform.python_version(), "torch": torch.__version__,
-            "timm": importlib.metadata.version("timm")}
+            **{name: importlib.metadata.version(name) for name in ("timm", "transformers")}}
 
 
 def cpu_name():

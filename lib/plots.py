@@ -233,11 +233,12 @@ def picture_rows(path, rows, title):
     return save(path, fig)
 
 
-def emergence(path, table, rows):
+def emergence(path, table, rows, batch_size):
     """Accuracies and xi against images seen, and xi against probing, a dot for each encoder.
 
-    table   mean and deviation over seeds of each scheme and step, as emergence.py has them
-    rows    one for each encoder
+    table        mean and deviation over seeds of each scheme and step, as emergence.py has them
+    rows         one for each encoder
+    batch_size   images of a step of pre-training
     """
     ways = {"as it is": "vectors as they are", "norm": "vectors of one norm", "gain": "vectors of one gain"}
     above = {"probing": "probing, converged", "single": "single task", "minus_probing": "addition - probing"}
@@ -255,9 +256,10 @@ def emergence(path, table, rows):
                 steps, means, deviations = zip(*points, strict=True)
                 ax.errorbar(steps, means, [deviation or 0 for deviation in deviations], marker="o", capsize=2,
                             markersize=4, linewidth=1.2, **look)
-            ax.set(title=label, xlabel="steps of pre-training")
+            ax.set(title=label, xlabel=f"steps of pre-training, {batch_size} images each")
             ax.set_xscale("symlog", linthresh=20)
             ax.set_xticks(seen_at, seen_at)
+            ax.minorticks_off()
         for ax, way in zip(axes[2], ways, strict=True):
             dots = [(row["probing"], row["xi"][way]["prediction"]) for row in rows
                     if row["scheme"] == scheme and row["xi"][way]["prediction"] is not None]
@@ -266,6 +268,8 @@ def emergence(path, table, rows):
     for ax in axes.flat:
         ax.title.set_fontsize(9)
         ax.grid(alpha=.3)
+    low, high = axes[0, 2].get_ylim()                      # where nothing is gained, no scale of rounding
+    axes[0, 2].set_ylim(min(low, -.02), max(high, .02))
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncol=len(schemes),
                fontsize=8)
     return save(path, fig)

@@ -31,6 +31,7 @@ from lib.progress import progress
 from lib.results import WHOLE, Result
 
 LARGE = {"embed_dim": 192, "depth": 6, "num_heads": 6}     # of --large
+BATCH_SIZE = 32
 EVERY = 50                                                 # steps between two losses that are kept
 
 
@@ -39,7 +40,8 @@ def pretraining_parser(docstring, lr=1e-3):
     parser = flags.stage_parser(docstring)
     add = parser.add_argument
     add("--pretrain-steps", type=flags.positive, default=1500, help="optimizer steps (default 1500)")
-    add("--batch-size", type=flags.positive, default=32, help="images per step (default 32)")
+    add("--batch-size", type=flags.positive, default=BATCH_SIZE,
+        help=f"images per step (default {BATCH_SIZE})")
     add("--lr", type=flags.positive_float, default=lr, help=f"peak learning rate (default {lr:g})")
     add("--pictures", type=flags.positive, metavar="N", help="train on N random ones (default: all)")
     add("--large", action="store_true",
