@@ -43,7 +43,7 @@ while [ $# -gt 0 ]; do
     --overwrite) shared+=("$1"); shift; continue ;;
     --runs) report+=("$1" "${2-}"); stages=shared ;;
     --tasks | --data) stages=studied ;;                    # the study's, not the pictures of a pre-training
-    --weights | --image-size | --device | --dtype | --compile | --seed) stages=shared ;;
+    --weights | --image-size | --prompts | --device | --dtype | --compile | --seed) stages=shared ;;
     --pretrain-steps | --checkpoints | --pictures)
       [ "$scheme" ] || refuse "$1: $encoder comes trained"
       stages=pretrain ;;

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lib import images, language, ranks
+from lib import images, language, ranks, texts
 from lib.files import Refused, load_tensors, save_tensors
 from lib.hub import checked_download, go_offline_if_unreachable
 
@@ -126,15 +126,16 @@ def run_folder(runs, name):
                   f"and pretrain_*.py have made)")
 
 
-def load_encoder(name, runs, weights=None, image_size=None):
+def load_encoder(name, runs, weights=None, image_size=None, prompts=None):
     """theta_pre from runs/ENCODER/pretrained.safetensors; made on first use from `weights` or the hub.
 
+    prompts  file of a T5's prompts and label words, see texts.read_prompts
     Returns  Encoder (of texts TextEncoder), module in eval mode, fp32, on the CPU
     Errors   Refused: unknown name, unreachable hub, a file that is no checkpoint of this architecture,
-             weights or image size other than those runs/ENCODER was begun with
+             weights, image size or prompts other than those runs/ENCODER was begun with
     """
     path = run_folder(runs, name) / "pretrained.safetensors"
-    source = None
+    source, asked = None, texts.read_prompts(prompts)
     if weights:
         source = language.folder_sha256(weights) if weights.is_dir() else file_sha256(weights)
     with ranks.first(path):
@@ -142,6 +143,8 @@ def load_encoder(name, runs, weights=None, image_size=None):
             if name == "tiny":
                 raise Refused(f'{path} is missing: run "python pretrain.py tiny" first')
             module, description = build_pretrained(name, weights, image_size, path.parent)
+            if description["text_tower"] == language.LM_HEAD_FILE:
+                description |= asked
             save_encoder(path, module, description, source)
     theta, description = load_tensors(path, f"python probe.py {name}", encoder=name)
     if source and source != description["source"]:
@@ -152,6 +155,9 @@ def load_encoder(name, runs, weights=None, image_size=None):
     if image_size and image_size != description["size"]:
         raise Refused(f"{path} is for images of {description['size']} pixels, not {image_size}: "
                       f"use another --runs")
+    if prompts and asked != {key: description.get(key) for key in asked}:
+        raise Refused(f"--prompts: {name} does not answer in words" if "prompts" not in description else
+                      f"{path} was begun with other prompts: use another --runs")
     module = build_architecture(description["architecture"])
     module.load_state_dict(theta, strict=True)
     return as_encoder(module.eval(), description, description["sha256"], path.parent)

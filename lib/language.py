@@ -56,17 +56,13 @@ class TextEncoder:
     def store(self, name, encoded, folder):
         """A data set's texts {split: cells}, tokenised once to be kept: see texts.store."""
         return texts.store(name, encoded, self.tokenizer, self.description["architecture"]["pad"],
-                           self.description["longest"], self.answers, folder)
+                           self.description["longest"], self.description.get("prompts"), folder)
 
     def stored_as(self, name):
         """What decides, besides the data set, how a task is stored."""
-        prompt = texts.PROMPTS.get(name) if self.answers else None
-        return [self.description["tokenizer"], self.description["longest"], self.answers, prompt]
-
-    @property
-    def answers(self):
-        """Whether it reads texts in prompts and answers with words."""
-        return self.description["text_tower"] is not None
+        prompts = self.description.get("prompts")          # of a T5
+        asked = prompts and prompts.get(name, "general")
+        return [self.description["tokenizer"], self.description["longest"], asked]
 
     @property
     def settings(self):

@@ -76,9 +76,9 @@ def open_result(args, script, architecture, towers=(), **settings):
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", args.encoder) or encoders.ENCODERS.get(args.encoder):
         raise Refused(f"{args.encoder} comes from the hub or from --weights FILE: "
                       f"only tiny, or an encoder of a new name, is trained here")
-    if args.image_size not in (None, generated.SIDE) or args.weights:
+    if args.image_size not in (None, generated.SIDE) or args.weights or args.prompts:
         raise Refused("tiny has 32-pixel images and makes its own weights: "
-                      "leave out --image-size and --weights")
+                      "leave out --image-size, --weights and --prompts")
     if args.checkpoints and args.checkpoints[-1] > args.pretrain_steps:
         raise Refused(f"--checkpoints {args.checkpoints[-1]} is beyond the last step, {args.pretrain_steps}")
     sources = common.task_sources(args.tasks, args.data) if args.tasks else None    # None: generated

@@ -95,7 +95,8 @@ class Study:
             precision = "tf32" if has_tf32(self.device) else "fp32"
         self.dtype, self.dtype_reason = pick_dtype(precision, self.device)
         self.tf32 = precision == "tf32"
-        self.encoder = encoders.load_encoder(args.encoder, args.runs, args.weights, args.image_size)
+        self.encoder = encoders.load_encoder(args.encoder, args.runs, args.weights, args.image_size,
+                                             args.prompts)
         self.sources = asked or recorded or self.default_sources(args.data)
 
     def recorded(self, before):

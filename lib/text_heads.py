@@ -63,7 +63,9 @@ def maker(encoder, weights, folder, device):
 
 def answering_head(encoder, lm_head, device, task):
     """The Head of one task from lm_head (V, D): its rows for the classes' words, (C, D)."""
-    rows = texts.label_tokens(task.name, task.classes, encoder.tokenizer)
+    rows = texts.label_tokens(task.name, task.classes, encoder.description["words"], encoder.tokenizer)
+    print(f"task {task.name}: its classes answer by {', '.join(map(encoder.tokenizer.id_to_token, rows))}",
+          flush=True)
     return Head(lm_head[rows].float().to(device), None, normalise=False)
 
 

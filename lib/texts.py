@@ -4,13 +4,15 @@ Texts: their columns found, tokenised once into int32 arrays of one fixed length
 A model that answers (T5) reads a text inside the prompt of its task, any other the text, or the pair, itself.
 Shapes: N texts, L tokens as stored, C classes.
 """
+import json
+
 import numpy as np
 
 from lib.devices import make_room
 from lib.files import Refused, new_array
 from lib.progress import progress
 
-# our own; what is asked comes first, so that cutting a long text leaves it
+# our own, each --prompts FILE may say otherwise; what is asked comes first, so that cutting a long text leaves it
 PROMPTS = {
     "cola": "Is this sentence acceptable or unacceptable English? {}",
     "mnli": "Does the premise mean entailment, contradiction or neither, neutral, for the hypothesis? "
@@ -31,6 +33,30 @@ LABEL_WORDS = {
 LENGTHS = 16, 32, 64, 128, 256, 512
 CUT = 0.01                                                  # share of a task's texts that may be cut at most
 BLOCK = 4096                                                # texts tokenised at a time
+
+
+
+def read_prompts(path=None):
+    """{"prompts": {task: prompt}, "words": {task: {class: word}}}: ours, but for what a JSON file says.
+
+    The file is {TASK: {"prompt": "Is this good? {}", "words": {CLASS: WORD}}}; either may be left out.
+    Errors   Refused: a file that is not such
+    """
+    prompts, words = dict(PROMPTS), dict(LABEL_WORDS)
+    try:
+        asked = json.loads(path.read_text()) if path else {}
+        for task, row in asked.items():
+            if not set(row) <= {"prompt", "words"}:
+                raise ValueError(f"{task} has {', '.join(row)}")
+            if "prompt" in row:
+                row["prompt"].format("", "")
+                prompts[task] = row["prompt"]
+            if "words" in row:
+                words[task] = dict(row["words"])
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise Refused(f'--prompts {path} is not as {{"sst2": {{"prompt": "Is this good? {{}}", "words": '
+                      f'{{"negative": "no", "positive": "yes"}}}}}} ({error})') from error
+    return {"prompts": prompts, "words": words}
 
 
 # --------------------------------------------------------------------------------------- columns
@@ -65,24 +91,25 @@ def cells(rows, columns):
 # --------------------------------------------------------------------------------------- tokenising, once
 
 
-def store(name, encoded, tokenizer, pad, longest, prompted, folder):
+def store(name, encoded, tokenizer, pad, longest, prompts, folder):
     """Tokenise the cells {"train", "test"} of a task into folder/SPLIT_inputs.npy, all of one length.
 
     tokenizer   tokenizers.Tokenizer
     pad         the number that fills up
     longest     tokens that the model takes at most
-    prompted    whether the texts stand in the task's prompt
+    prompts     {task: prompt} for the texts to stand in; None: they stand alone
     The length is the smallest of LENGTHS, up to `longest`, that cuts no more than CUT of the texts.
     Returns  {split: (N, L) int32, memory-mapped}
-    Errors   Refused: an empty text, named with its index; a full disk
+    Errors   Refused: an empty text, named with its index; a prompt for another number of texts; a full disk
     """
-    texts = {split: written(name, split, pairs, prompted) for split, pairs in encoded.items()}
+    texts = {split: written(name, split, pairs, prompts) for split, pairs in encoded.items()}
     numbers = {split: tokenise(f"tokenise {name} {split}", tokenizer, rows) for split, rows in texts.items()}
     every = np.array([len(row) for rows in numbers.values() for row in rows])
     length = fitting_length(every, longest)
     cut = int((every > length).sum())
+    asked = f", asked as {prompts.get(name, 'they are')!r}" if prompts else ""
     print(f"task {name}: {len(every):,} texts of at most {every.max()} tokens, {length} kept, "
-          f"{cut:,} texts cut ({cut / len(every):.2%})", flush=True)
+          f"{cut:,} texts cut ({cut / len(every):.2%}){asked}", flush=True)
     make_room(folder.parent, 4 * length * len(every), f"tokens of task {name}")
     tokenizer.enable_truncation(length)
     stored = {}
@@ -107,15 +134,16 @@ def fitting_length(lengths, longest):
     return allowed[-1]
 
 
-def written(name, split, pairs, prompted):
+def written(name, split, pairs, prompts):
     """[(text,) or (text, text)] as the tokenizer gets them; Refused where one is empty."""
-    texts = []
+    texts, count = [], len(pairs[0])
+    prompt = (prompts or {}).get(name, GENERAL_PROMPTS[count])
+    if prompt.count("{}") != count:
+        raise Refused(f"task {name}: its prompt {prompt!r} has not {count} times {{}}, for the texts of a row")
     for index, pair in enumerate(pairs):
         if not all(text and text.strip() for text in pair):
             raise Refused(f"task {name}: text {index} of split {split} is empty: leave its row out")
-        if prompted:
-            pair = (PROMPTS.get(name, GENERAL_PROMPTS[len(pair)]).format(*pair),)
-        texts.append(pair)
+        texts.append(pair if prompts is None else (prompt.format(*pair),))
     return texts
 
 
@@ -134,23 +162,23 @@ def tokenise(label, tokenizer, texts):
 # --------------------------------------------------------------------------------------- label words
 
 
-def label_words(name, classes):
-    """[the word that answers for each class] of a task: LABEL_WORDS, else the class's own name or number."""
-    known = LABEL_WORDS.get(name, {})
+def label_words(name, classes, words):
+    """[the word that answers for each class] of a task: {task: {class: word}}, else the class's own name."""
+    known = words.get(name, {})
     return [known.get(each, str(each).replace("_", " ")) for each in classes]
 
 
-def label_tokens(name, classes, tokenizer):
+def label_tokens(name, classes, words, tokenizer):
     """(C,) the first token of each class's word.
 
     Errors  Refused: two words that begin with the same token
     """
-    words, first = label_words(name, classes), {}
-    for word in words:
+    first = {}
+    for word in label_words(name, classes, words):
         token = tokenizer.encode(word, add_special_tokens=False).ids[0]
         if token in first:
             raise Refused(f"task {name}: label words {first[token]!r} and {word!r} begin with the same token "
                           f"({tokenizer.id_to_token(token)!r}), so that no first answer tells them apart: "
-                          f"name the classes otherwise, or take a recipe on probed heads")
+                          f"give others by --prompts, or take a recipe on probed heads")
         first[token] = word
     return list(first)

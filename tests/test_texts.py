@@ -403,6 +403,9 @@ def test_texts_and_images_are_not_taken_for_each_other(bert, data, tmp_path, sma
     shared = [BERT, "--weights", bert, "--runs", tmp_path]
     assert "glyphs is of images" in refuse("probe", *shared, "--tasks", "glyphs")
     assert "mnist is of images" in refuse("probe", *shared, "--tasks", "mnist")
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text("{}")
+    assert "does not answer in words" in refuse("probe", *shared, "--prompts", prompts)
     assert "takes texts: leave out --image-size" in refuse("probe", *shared, "--image-size", "32")
     with pytest.raises(files.Refused, match="rte is of texts, and small takes images"):
         common.load_task("rte", str(data / "rte"), small_encoder, tmp_path)
@@ -410,11 +413,32 @@ def test_texts_and_images_are_not_taken_for_each_other(bert, data, tmp_path, sma
         common.load_task("short", str(data / "short"), small_encoder, tmp_path)
 
 
+@pytest.mark.parametrize("t5", ["flan"], indirect=True)
+def test_prompts_and_words_are_the_users_where_a_file_says_so(t5, data, tmp_path, capsys):
+    file = tmp_path / "prompts.json"
+    file.write_text('{"sst2": {"prompt": "good film or bad {}", "words": {"positive": "yes"}}}')
+    encoder = encoders.load_encoder(T5, tmp_path, t5, prompts=file)
+    task = common.load_task("sst2", str(data / "sst2"), encoder, tmp_path)
+    assert "asked as 'good film or bad {}'" in capsys.readouterr().out
+    begins = encoder.tokenizer.encode("good film or bad", add_special_tokens=False).ids
+    assert (stored(task)[:, :len(begins)] == torch.tensor(begins)).all()
+    ours = texts.label_tokens("sst2", task.classes, encoder.description["words"], encoder.tokenizer)
+    assert ours == [encoder.tokenizer.token_to_id(word) for word in ("negative", "yes")]
+    assert encoders.load_encoder(T5, tmp_path).description["prompts"]["rte"] == texts.PROMPTS["rte"]
+    again = [T5, "--runs", tmp_path, "--tasks", "sst2", "--data", data, "--prompts", file]
+    edit(file, "good film or bad {}", "good film or bad")
+    assert "was begun with other prompts: use another --runs" in refuse("probe", *again)
+    said = refuse("probe", *again[:2], tmp_path / "other", "--weights", t5, *again[3:])
+    assert "its prompt 'good film or bad' has not 1 times {}, for the texts of a row" in said
+    file.write_text('{"sst2": "good?"}')
+    assert "prompts.json is not as" in refuse("probe", *again)
+
+
 def test_label_words_with_one_first_token_are_refused(t5, tmp_path):
     encoder = encoders.load_encoder(T5, tmp_path, t5)
-    assert len(texts.label_tokens("any", ["good", "bad"], encoder.tokenizer)) == 2
+    assert len(texts.label_tokens("any", ["good", "bad"], {}, encoder.tokenizer)) == 2
     with pytest.raises(files.Refused, match="label words 'so_a'|label words 'so a' and 'so it' begin with"):
-        texts.label_tokens("any", ["so_a", "so it"], encoder.tokenizer)
+        texts.label_tokens("any", ["so_a", "so it"], {}, encoder.tokenizer)
 
 
 def test_other_models_files_are_refused(bert, tmp_path):
