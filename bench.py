@@ -271,7 +271,7 @@ def bare_forward(evaluator, splits, n_settings):
     They are those of the evaluator's own module, compiled as it is, on batches that are prepared and stay on
     the device.
     """
-    _, _, inputs = next(evaluator.chunks(splits))          # the first chunk of the stream, again and again
+    _, inputs = next(evaluator.chunks(splits))          # the first chunk of the stream, again and again
     prepared = inputs.split(evaluator.batch_size)
     count = -(-n_settings * sum(len(split) for split in splits) // evaluator.batch_size)
 

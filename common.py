@@ -334,58 +334,56 @@ class Evaluator:
             self.slots[name].copy_(tensor)
 
     def chunks(self, splits):
-        """Yield (begin, end, inputs): the splits as one stream in chunks, prepared, padded to whole batches.
+        """Yield (places, inputs): a chunk, prepared, padded to whole batches, and where in the stream it is.
 
-        A chunk is of one shape: neighbours in the stream share chunks where their inputs are alike.
+        The stream are the splits end to end. A chunk is of one shape: what is alike in neighbours is together.
         """
-        first = 0
-        for _, alike in itertools.groupby(splits, self.shape_of):
-            alike = list(alike)
-            for begin, end, inputs in self.chunks_alike(alike):
-                yield first + begin, first + end, inputs
-            first += sum(len(split) for split in alike)
+        alike, start = {}, 0                                 # {shape the module takes: [(places, stored)]}
+        for split in splits:
+            for rows, inputs in self.encoder.parts(split):
+                shape = self.encoder.example(1, inputs.shape[1:]).shape[1:]
+                alike.setdefault(shape, []).append((start + rows, inputs, split.indices[rows]))
+            start += len(split)
+        for parts in alike.values():
+            yield from self.chunks_alike(parts)
 
-    def shape_of(self, split):
-        """The shape of one input of a split as the module takes it."""
-        return self.encoder.example(1, split.inputs.shape[1:]).shape[1:]
-
-    def chunks_alike(self, splits):
-        """chunks of splits whose inputs are all of one shape."""
-        total, batch = sum(len(split) for split in splits), self.batch_size
-        example = self.as_dtype(self.encoder.example(1, splits[0].inputs.shape[1:]))
+    def chunks_alike(self, parts):
+        """chunks of [(places, inputs as stored, their indices)] that the module takes in one shape."""
+        places, batch = np.concatenate([part[0] for part in parts]), self.batch_size
+        example = self.as_dtype(self.encoder.example(1, parts[0][1].shape[1:]))
         size = max(1, CHUNK_BYTES // example.nbytes // batch) * batch
-        for begin in range(0, total, size):
-            n, filled, start = min(size, total - begin), 0, 0
+        for begin in range(0, len(places), size):
+            n, filled, start = min(size, len(places) - begin), 0, 0
             inputs = torch.zeros(n + -n % batch, *example.shape[1:], dtype=example.dtype, device=self.device)
-            for split in splits:
-                low, high = max(begin - start, 0), min(begin + size - start, len(split))
+            for _, stored, indices in parts:
+                low, high = max(begin - start, 0), min(begin + size - start, len(indices))
                 for first in range(low, high, 1024):         # bounds the memory that preparing takes
-                    stored = split.inputs[split.indices[first:min(first + 1024, high)]]
+                    block = stored[indices[first:min(first + 1024, high)]]
                     prepared = self.encoder.prepare(
-                        torch.from_numpy(np.ascontiguousarray(stored)).to(self.device))
+                        torch.from_numpy(np.ascontiguousarray(block)).to(self.device))
                     inputs[filled:filled + len(prepared)] = prepared
                     filled += len(prepared)
-                start += len(split)
-            yield begin, begin + n, inputs
+                start += len(indices)
+            yield places[begin:begin + n], inputs
 
     def stream(self, splits, settings):
-        """Yield (k, first, features (n, D)): inputs first, first + 1, ... of the stream under setting k.
+        """Yield (k, places (n,), features (n, D)) of the stream's inputs in these places under setting k.
 
         Each input under each setting once, over all processes: they take turns at settings or share batches.
         """
         total, batch = sum(len(split) for split in splits), self.batch_size
         with progress(total * len(settings), f"evaluate {len(splits)} splits x {len(settings)} weights",
-                      "img") as bar:
-            for begin, end, inputs in self.chunks(splits):
+                      self.encoder.unit) as bar:
+            for places, inputs in self.chunks(splits):
                 for k, coefficients in enumerate(settings):
                     own = self.share(k, len(settings), len(inputs) // batch)
                     if own:
                         self.write(coefficients)
                         features = torch.cat([self.forward_pass(inputs[i * batch:(i + 1) * batch])
                                               for i in own])
-                        first = begin + own.start * batch
-                        yield k, first, features[:end - first]    # without the padding
-                        bar.update(min(len(features), end - first) * self.world)
+                        here = places[own.start * batch:own.stop * batch]
+                        yield k, here, features[:len(here)]       # without the padding
+                        bar.update(len(here) * self.world)
 
     def share(self, k, n_settings, n):
         """The range of n things that this process does under setting k: all or none, or its part of them."""
@@ -398,8 +396,8 @@ class Evaluator:
         shape = len(settings), sum(len(split) for split in splits), self.encoder.width
         out = torch.zeros(shape, dtype=self.dtype, device=self.device)
         with torch.inference_mode():
-            for k, first, features in self.stream(splits, settings):
-                out[k, first:first + len(features)] = features
+            for k, places, features in self.stream(splits, settings):
+                out[k, places] = features
         return self.gathered(out, splits)
 
     def predictions(self, splits, heads, settings):
@@ -407,12 +405,12 @@ class Evaluator:
         shape = len(settings), sum(len(split) for split in splits)
         out = torch.zeros(shape, dtype=torch.int64, device=self.device)
         with torch.inference_mode():
-            for k, first, features in self.stream(splits, settings):
+            for k, places, features in self.stream(splits, settings):
                 start = 0
                 for split, head in zip(splits, heads, strict=True):
-                    low, high = max(start, first), min(start + len(split), first + len(features))
-                    if low < high:
-                        out[k, low:high] = classes_of(features[low - first:high - first], head)
+                    rows = np.flatnonzero((start <= places) & (places < start + len(split)))
+                    if len(rows):
+                        out[k, places[rows]] = classes_of(features[rows], head)
                     start += len(split)
         parts = self.gathered(out, splits)
         for classes, coefficients in zip(out, settings, strict=True):    # each process sees all of them

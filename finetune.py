@@ -234,8 +234,8 @@ def main(args):
                 result.rows[name] = row
                 result.values |= compare(study.folder, result.rows, how, settings["steps"])
             print(f"finetune {name}: validation {row['val']:.4f}, test {row['test']:.4f} "
-                  f"(n = {row['n_test']}), {row['seconds']:.1f} s, {row['images_per_second']:.0f} img/s",
-                  flush=True)
+                  f"(n = {row['n_test']}), {row['seconds']:.1f} s, {row['images_per_second']:.0f} "
+                  f"{encoder.unit}/s", flush=True)
 
     # ---------------------------------------------------- say
     if diverged:

@@ -121,7 +121,7 @@ def main(args):
 
     # ---------------------------------------------------- say
     print(f"merge_eval: search of {len(lambdas)} lambdas {state['seconds']:.1f} s, "
-          f"{result.values['images_per_second']:.0f} img/s (compiling included)")
+          f"{result.values['images_per_second']:.0f} {encoder.unit}/s (compiling included)")
     for label, row in ((zero, at_zero), (f"addition (lambda = {lambdas[best]:g})", at_best)):
         print(f"merge_eval: {label}: test absolute {row['absolute']:.4f}, "
               f"normalized {row['normalized']:.4f}, n = {sum(n['test'].values())}")

@@ -12,6 +12,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from lib import images, language, ranks, texts
@@ -81,7 +82,11 @@ class Encoder:
         """What a result's config says of the input."""
         return {"image_size": self.size}
 
-    takes, wants = "images", "one image column"
+    def parts(self, split):
+        """[(rows (n,), inputs)]: which of a split's inputs are stored where, those of one shape together."""
+        return [(np.arange(len(split)), split.inputs)]
+
+    takes, unit, wants = "images", "img", "one image column"
     input_columns, cells = staticmethod(images.input_columns), staticmethod(images.cells)
 
 

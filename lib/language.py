@@ -15,6 +15,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from lib import texts
@@ -37,7 +38,7 @@ class TextEncoder:
     description: dict        # all that pretrained.safetensors says of it
     tokenizer: object        # tokenizers.Tokenizer
 
-    takes, wants = "texts", "one or two text columns (sentence; sentence1, sentence2; text; ...)"
+    takes, unit, wants = "texts", "text", "one or two text columns (sentence; sentence1, sentence2; text; ...)"
     input_columns, cells = staticmethod(texts.input_columns), staticmethod(texts.cells)
 
     def prepare(self, stored):
@@ -52,6 +53,14 @@ class TextEncoder:
         """(n, L) tokens, none of them padding, of the length of a stored text."""
         length = stored[0] if stored else min(EXAMPLE_LENGTH, self.description["longest"])
         return torch.full((n, length), int(self.description["architecture"]["pad"] == 0), dtype=torch.int32)
+
+    def parts(self, split):
+        """[(rows (n,), (N_all, L) tokens)] of a split, for each of LENGTHS the texts that fit in no shorter."""
+        stored = split.inputs.shape[1]
+        real = (split.inputs[split.indices] != self.description["architecture"]["pad"]).sum(1)     # (N,)
+        ends = np.array([length for length in texts.LENGTHS if length < stored] + [stored])
+        fitting = ends[np.searchsorted(ends, real)]
+        return [(np.flatnonzero(fitting == end), split.inputs[:, :end]) for end in ends if end in fitting]
 
     def store(self, name, encoded, folder):
         """A data set's texts {split: cells}, tokenised once to be kept: see texts.store."""

@@ -10,6 +10,7 @@ Source  arXiv:2305.12827 (Ortiz-Jimenez et al.); arXiv:2407.07089 section 3
 """
 import contextlib
 
+import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -122,22 +123,21 @@ class LinearizedEvaluator(Evaluator):
                 features = value[own.start:own.stop]
                 for coefficient, tangent in zip(coefficients, tangents, strict=len(coefficients) > 0):
                     features = features + float(coefficient) * tangent[own.start:own.stop]
-                yield k, start + own.start, features.to(self.dtype)
+                yield k, start + np.arange(own.start, own.stop), features.to(self.dtype)
             start += len(split)
 
     def expansions(self, splits):
         """(1 + T, N, D): f and every J tau of the stream of splits, this process's share of it."""
         total, batch = sum(len(split) for split in splits), self.batch_size
         terms = torch.zeros(1 + len(self.vectors), total, self.encoder.width, device=self.device)
-        for begin, end, inputs in self.chunks(splits):
+        for places, inputs in self.chunks(splits):
             batches = len(inputs) // batch
             for i in range(batches * self.rank // self.world, batches * (self.rank + 1) // self.world):
-                first = begin + i * batch
-                last = min(first + batch, end)
+                here = places[i * batch:(i + 1) * batch]
                 for t, vector in enumerate(self.vectors, 1):
                     with tensor_float(self.tf32):
                         value, tangent = expand(self.module, self.slots, vector,
                                                 inputs[i * batch:(i + 1) * batch])
-                    terms[t, first:last] = tangent[:last - first].float()
-                terms[0, first:last] = value[:last - first].float()
+                    terms[t, here] = tangent[:len(here)].float()
+                terms[0, here] = value[:len(here)].float()
         return terms
