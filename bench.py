@@ -23,13 +23,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 
 import finetune
 from common import Evaluator, Split, Task, head_tensors, random_head, save_head
 from disentangle import error_rows
-from lib import devices, encoders, flags, linearized
+from lib import devices, encoders, flags, language, linearized, plain, texts
 from lib.files import Refused, fingerprint, read_json, write_json
 from lib.results import provenance
 from lib.study import run
@@ -95,11 +93,12 @@ def main(args):
     n = args.n_tasks * args.images                          # images under one lambda
     compile_seconds = timed(lambda: evaluator.hits(splits[:1], heads[:1], settings[:1]), device)
     with tempfile.TemporaryDirectory() as folder:
-        prepare_plain(Path(folder), encoder, splits)
+        plain.write_images(Path(folder), splits)
+        plain.write_weights(Path(folder), encoder, random_vectors(encoder, 1)[0])
         rates = in_turn({
             "evaluator": (n * args.lambdas, lambda: evaluator.hits(splits, heads, settings)),
             "bare forward": bare_forward(evaluator, splits, args.lambdas),
-            "plain way": (n, lambda: plain_way(Path(folder), encoder, heads, device))}, repeats, device)
+            "plain way": (n, lambda: plain.on_images(Path(folder), encoder, heads, device))}, repeats, device)
 
     # ---------------------------------------------------- (c) fine-tuning under three recipes
     trainings = {name: training(finetune.RECIPES[name], encoder, machine, batch) for name in TRAINED}
@@ -130,6 +129,9 @@ def main(args):
     linear_rates = in_turn({args.lambdas: (args.lambdas * n, lambda: search_linear(args.lambdas)),
                             1: (n, lambda: search_linear(1))}, repeats, device)
 
+    # ---------------------------------------------------- (g) texts
+    text_rates, text_flops = bench_texts(machine, 256 if args.quick else 2048, repeats)
+
     # ---------------------------------------------------- peak memory, in processes of their own
     parts = ["search over 2 tasks", "search over 8 tasks", *(f"fine-tuning {name}" for name in TRAINED)]
     peaks = {part: own_process(args, part) for part in parts}
@@ -143,8 +145,8 @@ def main(args):
         "matmul_flops_per_second": products, "copy_bytes_per_second": copies,
         "compile_seconds": compile_seconds, "images_per_second": rates, "train_images_per_second": trained,
         "seconds_per_merge": merging, "heat_map_images_per_second": grid,
-        "linearized_images_per_second": linear_rates, "peak_bytes": peaks, "encoder_bytes": encoder_bytes,
-        "study_seconds": stages})
+        "linearized_images_per_second": linear_rates, "tokens_per_second": text_rates, "peak_bytes": peaks,
+        "encoder_bytes": encoder_bytes, "study_seconds": stages})
 
     # ---------------------------------------------------- say
     def share(values, passes=1):
@@ -165,6 +167,10 @@ def main(args):
     for count, values in linear_rates.items():
         label = f"linearized, {count} lambda{'s in one pass' if count > 1 else ''}"
         rows.append([label, "img/s, each lambda counted", spread(values), "", ""])
+    for name, values in text_rates.items():
+        of = np.median(values) * text_flops / np.median(products)
+        ratio = "" if name == "evaluator" else spread(np.divide(text_rates["evaluator"], values))
+        rows.append([f"texts, {name}", "tokens/s, without padding", spread(values), f"{of:.2f}", ratio])
     for count, values in merging.items():
         label = f"merging, {count} vector{'s' if count > 1 else ''} on the device"
         rows.append([label, "ms per lambda", spread(np.multiply(values, 1000)), "", ""])
@@ -213,6 +219,24 @@ def random_vectors(encoder, count):
     for _ in range(count):
         vectors.append({name: STEP * torch.randn_like(tensor) for name, tensor in theta_pre.items()})
     return vectors
+
+
+def random_text_encoder(longest):
+    """The architecture of all-MiniLM-L6-v2, six blocks of 384, with random weights, for so many tokens."""
+    import transformers
+    config = transformers.BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
+    architecture = {"library": "transformers", "name": "bert", "pad": 0, "separator": None, "pooling": "mean",
+                    "config": language.plain(language.without_dropout(config))}
+    torch.manual_seed(0)
+    return language.TextEncoder("bert", encoders.build_architecture(architecture).eval(), 384, "random",
+                                {"architecture": architecture, "longest": longest}, None)
+
+
+def random_texts(n):
+    """[(L,) int64 tokens], as long as QQP's pairs of questions: 27 in the middle, 128 at most."""
+    rng = np.random.default_rng(0)
+    lengths = rng.lognormal(np.log(27), 0.45, n).clip(4, 128).astype(int)
+    return [torch.from_numpy(rng.integers(1000, 30000, length)) for length in lengths]
 
 
 # --------------------------------------------------------------------------------------- timing
@@ -283,37 +307,32 @@ def bare_forward(evaluator, splits, n_settings):
     return count * evaluator.batch_size, forward
 
 
-def prepare_plain(folder, encoder, splits):
-    """Folders of JPEG files, a checkpoint and a vector on disk, as the usual scripts find them."""
-    from PIL import Image
-    for t, split in enumerate(splits):
-        for index, image in enumerate(split.inputs):
-            path = folder / str(t) / str(split.labels[index]) / f"{index}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image.transpose(1, 2, 0)).save(path, quality=90)
-    theta_pre = {name: tensor.float() for name, tensor in encoder.module.state_dict().items()}
-    vector = {name: STEP * torch.randn_like(tensor) for name, tensor in theta_pre.items()}
-    save_file(theta_pre, folder / "pretrained.safetensors")
-    save_file(vector, folder / "vector.safetensors")
+def bench_texts(machine, n, repeats):
+    """({way: tokens/s}, FLOP a token) of the evaluator and the plain way on n texts, padding not counted."""
+    encoder, device = random_text_encoder(128), machine.device
+    rows, labels = random_texts(n), torch.randint(len(CLASSES), (n,), generator=torch.manual_seed(0))
+    lengths = np.array([len(row) for row in rows])
+    stored = np.zeros((n, texts.fitting_length(lengths, 128)), np.int32)
+    for row, tokens in zip(stored, rows, strict=True):
+        row[:len(tokens)] = tokens[:len(row)]
+    split, head = Split(stored, np.arange(n), labels.numpy()), a_head(encoder, device)
+    evaluator = Evaluator(encoder, *machine)
+    evaluator.use_vectors(random_vectors(encoder, 1))
+    evaluator.hits([split], [head], [(0.1,)])               # compiles, a graph a length
+    typical = round(lengths.mean())
+    flops = devices.forward_flops(random_text_encoder(typical)) / typical
+    with tempfile.TemporaryDirectory() as folder:
+        plain.write_weights(Path(folder), encoder, random_vectors(encoder, 1)[0])
 
+        def evaluate():
+            evaluator.hits([split], [head], [(0.1,), (0.2,)])
 
-def plain_way(folder, encoder, heads, device):
-    """One lambda as public scripts evaluate it: load_state_dict, a DataLoader that decodes, fp32, eager."""
-    from torchvision.datasets import ImageFolder
-    from torchvision.transforms import v2
-    transform = v2.Compose([
-        v2.Resize(encoder.size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(encoder.size), v2.ToImage(),
-        v2.ToDtype(torch.float32, scale=True), v2.Normalize(encoder.mean, encoder.std)])
-    pre, vector = load_file(folder / "pretrained.safetensors"), load_file(folder / "vector.safetensors")
-    module, hits = copy.deepcopy(encoder.module).to(device), 0
-    module.load_state_dict({name: pre[name] + 0.3 * vector[name] for name in pre})
-    for t, head in enumerate(heads):
-        pictures = ImageFolder(folder / str(t), transform)
-        with torch.no_grad():
-            for images, labels in torch.utils.data.DataLoader(pictures, batch_size=128, num_workers=2):
-                logits = F.linear(module(images.to(device)), head.weight, head.bias)
-                hits += (logits.argmax(1) == labels.to(device)).sum().item()
-    return hits
+        def plainly():
+            plain.on_texts(Path(folder), encoder, rows, labels, head, device)
+
+        rates = in_turn({"evaluator": (2 * lengths.sum(), evaluate), "plain way": (lengths.sum(), plainly)},
+                        repeats, device)
+    return rates, flops
 
 
 def training(recipe, encoder, machine, batch_size):

@@ -336,7 +336,7 @@ class Evaluator:
     def chunks(self, splits):
         """Yield (places, inputs): a chunk, prepared, padded to whole batches, and where in the stream it is.
 
-        The stream are the splits end to end. A chunk is of one shape: what is alike in neighbours is together.
+        The stream are the splits end to end. A chunk is of one shape: those of one shape come together.
         """
         alike, start = {}, 0                                 # {shape the module takes: [(places, stored)]}
         for split in splits:

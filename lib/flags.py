@@ -30,8 +30,8 @@ def stage_parser(docstring, dtypes=("auto", "bf16", "fp32")):
     add("--image-size", type=positive,
         help="pixels; position embeddings are resampled (default: the checkpoint's own)")
     add("--prompts", type=Path, metavar="FILE",
-        help='JSON: {"sst2": {"prompt": "Is this good? {}", "words": {"negative": "no", "positive": "yes"}}}, '
-             "for a T5, in place of those below")
+        help='JSON for a T5, in place of what is below: {"sst2": {"prompt": "Is this good? {}", "words": '
+             '{"negative": "no", "positive": "yes"}}}')
     add("--runs", type=folder, default=Path("runs"), help="where results go (default: runs)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
     add("--dtype", choices=dtypes, default="auto",

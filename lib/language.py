@@ -38,7 +38,8 @@ class TextEncoder:
     description: dict        # all that pretrained.safetensors says of it
     tokenizer: object        # tokenizers.Tokenizer
 
-    takes, unit, wants = "texts", "text", "one or two text columns (sentence; sentence1, sentence2; text; ...)"
+    takes, unit = "texts", "text"
+    wants = "one or two text columns (sentence; sentence1, sentence2; text; ...)"
     input_columns, cells = staticmethod(texts.input_columns), staticmethod(texts.cells)
 
     def prepare(self, stored):
@@ -55,7 +56,7 @@ class TextEncoder:
         return torch.full((n, length), int(self.description["architecture"]["pad"] == 0), dtype=torch.int32)
 
     def parts(self, split):
-        """[(rows (n,), (N_all, L) tokens)] of a split, for each of LENGTHS the texts that fit in no shorter."""
+        """[(rows (n,), (N_all, L) tokens)]: for each of LENGTHS a split's texts that fit in no shorter."""
         stored = split.inputs.shape[1]
         real = (split.inputs[split.indices] != self.description["architecture"]["pad"]).sum(1)     # (N,)
         ends = np.array([length for length in texts.LENGTHS if length < stored] + [stored])

@@ -12,7 +12,7 @@ from lib.devices import make_room
 from lib.files import Refused, new_array
 from lib.progress import progress
 
-# our own, each --prompts FILE may say otherwise; what is asked comes first, so that cutting a long text leaves it
+# our own, where --prompts FILE says no other; what is asked comes first, so that it is never cut
 PROMPTS = {
     "cola": "Is this sentence acceptable or unacceptable English? {}",
     "mnli": "Does the premise mean entailment, contradiction or neither, neutral, for the hypothesis? "
@@ -139,7 +139,8 @@ def written(name, split, pairs, prompts):
     texts, count = [], len(pairs[0])
     prompt = (prompts or {}).get(name, GENERAL_PROMPTS[count])
     if prompt.count("{}") != count:
-        raise Refused(f"task {name}: its prompt {prompt!r} has not {count} times {{}}, for the texts of a row")
+        raise Refused(f"task {name}: its prompt {prompt!r} has not {count} times {{}}, "
+                      f"for the texts of a row")
     for index, pair in enumerate(pairs):
         if not all(text and text.strip() for text in pair):
             raise Refused(f"task {name}: text {index} of split {split} is empty: leave its row out")

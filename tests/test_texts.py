@@ -6,10 +6,12 @@ import common
 import datasets
 import finetune
 import numpy as np
+import pretrain_t5
 import pytest
 import torch
 import transformers
 from conftest import edit, perform, refuse
+from safetensors.torch import load_file
 from small_language import save_model, sentences, small_bert_folder, word_tokenizer
 
 from lib import encoders, files, flags, language, linearized, text_heads, texts
@@ -335,6 +337,11 @@ def test_texts_go_through_every_stage(bert, data, tmp_path):
     assert set(layers) == {"model.embeddings", "model.encoder.layer.0", "model.encoder.layer.1"}
     moved = files.load_tensors(here / "attention-qkv/vectors/rte.safetensors", "")[0]
     assert len(moved) == 2 * 3 and not any("output" in name for name in moved)
+    perform("report", "--runs", runs)
+    report = (runs / "report/report.md").read_text()
+    assert "of the 120 test texts right" in report and f"transformers {transformers.__version__}" in report
+    table = report[report.index("## Texts (arXiv:2407.07089 Table 3"):]
+    assert "| paper, Flan-T5-base | attention-qkv | addition |" in table
 
 
 @pytest.mark.parametrize("t5", ["flan"], indirect=True)
@@ -345,6 +352,54 @@ def test_a_t5_trains_against_its_own_words(t5, data, tmp_path):
     rows = json.loads((tmp_path / "transformers_tiny_t5/zeroshot/finetune.json").read_text())["tasks"]
     assert set(rows) == {"sst2", "rte"} and all(0 <= row["zero_shot"] <= 1 for row in rows.values())
     perform("make_vectors", *shared)
+
+
+def test_what_a_gap_left_out_is_what_is_said():
+    rng = np.random.default_rng(0)
+    for n in (4, 5, 12, 60, 128):
+        tokens = list(range(100, 100 + n))
+        read, said = pretrain_t5.with_gaps(tokens, rng)
+        assert read[-1] == said[-1] == 1 and read[0] == 100 and said[0] == 3
+        gaps, whole = {}, []
+        for token in said[:-1]:
+            if token < 100:                                # a sentinel, they count upwards
+                gaps[token] = []
+            else:
+                gaps[max(gaps)].append(token)
+        for token in read[:-1]:
+            whole += gaps[token] if token < 100 else [token]
+        assert whole == tokens and len(gaps) == max(1, round(0.05 * n))
+        assert sum(map(len, gaps.values())) == max(1, round(0.15 * n))
+
+
+def test_a_t5_made_here_goes_through_zeroshot(data, tmp_path, monkeypatch):
+    """A stopped training goes on to the same weights; what is written is a T5's checkpoint."""
+    monkeypatch.setattr(pretrain_t5, "VOCABULARY", 150)
+    monkeypatch.setattr(pretrain_t5, "SAVE_EVERY", 2)
+    given = ["--tasks", "sst2,rte", "--data", data, "--steps", "4", "--batch-size", "4"]
+    perform("pretrain_t5", tmp_path / "whole", *given)
+    real = pretrain_t5.with_gaps
+    calls = []
+
+    def stops(*words):
+        calls.append(words)
+        if len(calls) > 3 * 4:
+            raise KeyboardInterrupt
+        return real(*words)
+
+    monkeypatch.setattr(pretrain_t5, "with_gaps", stops)
+    with pytest.raises(KeyboardInterrupt):
+        perform("pretrain_t5", tmp_path / "stopped", *given)
+    monkeypatch.setattr(pretrain_t5, "with_gaps", real)
+    perform("pretrain_t5", tmp_path / "stopped", *given)
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not (tmp_path / "stopped/state").exists()
+    said = refuse("pretrain_t5", tmp_path / "whole", *given[:-1], "8")
+    assert "was made with other settings" in said
+    shared = ["transformers:small/t5", "--runs", tmp_path / "runs", "--dtype", "fp32", "--compile", "off"]
+    perform("finetune", *shared, "--recipe", "zeroshot", *given[:4], "--weights", tmp_path / "whole", "--steps",
+            "2", "--lr", "1e-3")
 
 
 # --------------------------------------------------------------------------------------- inputs
