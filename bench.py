@@ -29,6 +29,7 @@ from common import Evaluator, Split, Task, head_tensors, random_head, save_head
 from disentangle import error_rows
 from lib import devices, encoders, flags, language, linearized, plain, texts
 from lib.files import Refused, fingerprint, read_json, write_json
+from lib.parameters import choose_parameters
 from lib.results import provenance
 from lib.study import run
 from lib.vectors import add_up, head_file, load_vector, save_vector
@@ -340,7 +341,7 @@ def training(recipe, encoder, machine, batch_size):
     device = machine.device
     task = Task("bench", {"train": random_split(4 * batch_size, encoder.size)}, CLASSES, "", "")
     head, module = a_head(encoder, device), copy.deepcopy(encoder.module).to(device).train()
-    finetune.choose_parameters(module, recipe, encoder.name)
+    choose_parameters(module, recipe.trained, encoder.name)
     forward, amp = module, device.type == "cuda" and machine.dtype == torch.bfloat16
     if recipe.linear:
         forward = linearized.forward(module, encoder, device)

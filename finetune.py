@@ -30,6 +30,7 @@ from common import (PROBES, Head, cached_features, count_hits, head_tensors, loa
 from lib import devices, flags, linearized, ranks
 from lib.encoders import weights_of
 from lib.files import Refused, checksum, fingerprint, load_state, save_state, save_tensors
+from lib.parameters import PARTS, choose_parameters
 from lib.progress import progress
 from lib.study import open_study, run
 from lib.training import batches, check_search, choose_micro_batch, compare, learning_rate, search_task
@@ -47,46 +48,17 @@ class Recipe(NamedTuple):
     linear: bool = False  # the encoder is its first-order Taylor expansion at theta_pre
 
 
-# the parameters' names in timm, in open_clip (biases of some families are attn.q_bias and attn.v_bias) and in
-# transformers
-QKV = (r"(attn\.(qkv|qk|kv|w?[qkv]|[qkv]_proj|in_proj|Wqkv)|(self|attention)\.(query|key|value)(_proj)?"
-       r"|attention\.[qkv]_lin|Attention\.[qkv])[._]")
-OUT = r"(attn\.(proj|out_proj|o|Wo)|attention\.(output\.dense|out_lin)|Attention\.o)[._]"
-PROJECTION = rf"({QKV}|{OUT})"
-LAYER = (r"(mlp\.(fc1|fc1_[gx]|fc2|c_fc|c_proj|Wi|Wo)|\d\.(intermediate|output)\.dense|ffn\.lin[12]"
-         r"|DenseReluDense\.w[io](_[01])?)\.")
-# a matrix of theirs by another name is found by the names of the modules that hold it
-HOLDERS = {"attn": r"(attn|[Aa]ttention(\.self|\.output)?)\.(?!relative_attention_bias)\w+\.weight$",
-           "mlp": r"(mlp|intermediate|ffn|DenseReluDense)\.\w+\.weight$"}
-ATTENTION = rf"{PROJECTION}weight$"
-ATTENTION_BIAS = rf"{PROJECTION}(weight|bias)$"
-ATTENTION_MLP = rf"({PROJECTION}|{LAYER})weight$"
-ATTENTION_MLP_BIAS = rf"({PROJECTION}|{LAYER})(weight|bias)$"
-
 RECIPES = {
     "aligned": Recipe("probed", False),
     "full": Recipe("random", True),
     "zeroshot": Recipe("text", False),
     "zeroshot-full": Recipe("text", True),
-    "attention": Recipe("probed", False, ATTENTION),
-    "attention-qkv": Recipe("probed", False, rf"{QKV}weight$"),
-    "attention-bias": Recipe("probed", False, ATTENTION_BIAS),
-    "attention-mlp": Recipe("probed", False, ATTENTION_MLP),
-    "attention-mlp-bias": Recipe("probed", False, ATTENTION_MLP_BIAS),
-    "linearized": Recipe("probed", False, linear=True),
-    "attention-zeroshot": Recipe("text", False, ATTENTION),
-    "attention-qkv-zeroshot": Recipe("text", False, rf"{QKV}weight$"),
-    "attention-bias-zeroshot": Recipe("text", False, ATTENTION_BIAS),
-    "attention-mlp-zeroshot": Recipe("text", False, ATTENTION_MLP),
-    "attention-mlp-bias-zeroshot": Recipe("text", False, ATTENTION_MLP_BIAS),
-    "linearized-zeroshot": Recipe("text", False, linear=True),
-    "attention-random": Recipe("random", True, ATTENTION),
-    "attention-qkv-random": Recipe("random", True, rf"{QKV}weight$"),
-    "attention-bias-random": Recipe("random", True, ATTENTION_BIAS),
-    "attention-mlp-random": Recipe("random", True, ATTENTION_MLP),
-    "attention-mlp-bias-random": Recipe("random", True, ATTENTION_MLP_BIAS),
-    "linearized-random": Recipe("random", True, linear=True),
 }
+for ending, (head, train_head) in {"": ("probed", False), "-zeroshot": ("text", False),
+                                   "-random": ("random", True)}.items():
+    for part, trained in PARTS.items():                    # attention, attention-bias-zeroshot, ...
+        RECIPES[part + ending] = Recipe(head, train_head, trained)
+    RECIPES["linearized" + ending] = Recipe(head, train_head, linear=True)
 
 
 def parse_args(argv=None):
@@ -144,7 +116,7 @@ def main(args):
     # ---------------------------------------------------- heads, the module that trains, the evaluator
     heads = first_heads(recipe, study, head_files, args.weights)
     module = copy.deepcopy(encoder.module).to(device).train()
-    trainable = choose_parameters(module, recipe, f"recipe {args.recipe} on {encoder.name}")
+    trainable = choose_parameters(module, recipe.trained, f"recipe {args.recipe} on {encoder.name}")
     searches = len(LEARNING_RATES) - 1 if settings["lr"] == "search" else 0
     images = 3 * (len(result.todo) + searches) * settings["steps"] * settings["batch_size"] / ranks.world()
     forward, why = training_forward(module, recipe, study, images)
@@ -275,29 +247,6 @@ def first_heads(recipe, study, paths, weights):
             generator = torch.Generator(study.device).manual_seed(study.seed)
             heads[name] = random_head(study.encoder.width, len(task.classes), generator)
     return heads
-
-
-def choose_parameters(module, recipe, what):
-    """Let the parameters train that the recipe names, and only those; returns how many numbers they hold.
-
-    Errors  Refused: there is none, or a matrix of the attention (the MLP) by another name would stay as it is
-    """
-    count, left_out = 0, []
-    holders = [pattern for part, pattern in HOLDERS.items() if part in recipe.trained]
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(bool(re.search(recipe.trained, name)))
-        count += parameter.numel() if parameter.requires_grad else 0
-        if not parameter.requires_grad and parameter.ndim == 2 and not re.search(rf"{OUT}weight$", name):
-            found = filter(None, [re.search(rf"(?:^|\.){pattern}", name) for pattern in holders])
-            left_out += [match[0].removeprefix(".") for match in found]
-    if count == 0:
-        raise Refused(f"{what}: no parameter is named like {recipe.trained!r}; "
-                      f"recipes aligned and full train any encoder")
-    if left_out:
-        named = ", ".join(sorted(set(left_out)))
-        raise Refused(f"{what} would leave out {named} ({len(left_out)} matrices): "
-                      f"recipes aligned and full train any encoder")
-    return count
 
 
 def training_forward(module, recipe, study, images):

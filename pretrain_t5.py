@@ -6,8 +6,8 @@ Pre-train a small T5 from scratch, where there is no hub: it fills in gaps and, 
     python finetune.py transformers:small/t5 --recipe zeroshot
 
 Half of each batch are texts of the tasks with spans left out, which the decoder has to say; half are prompts
-of lib/texts.py, which it has to answer by the label's word. All are of train without its validation part. What
-is written is a checkpoint as transformers writes them, with a tokenizer made of the same texts.
+of lib/texts.py, which it has to answer by the label's word. All are of train without its validation part.
+What is written is a checkpoint as transformers writes them, with a tokenizer made of the same texts.
 
 Writes  FOLDER/config.json, model.safetensors, tokenizer.json, tokenizer_config.json, pretrain_t5.json; while
         it trains FOLDER/state, from which the same command goes on
@@ -106,7 +106,8 @@ def main(args):
             rng = np.random.default_rng([args.seed, step])
             pairs = [with_gaps(gapped[row], rng) for row in rng.integers(len(gapped), size=args.batch_size)]
             pairs += [(read[row], said[row]) for row in rng.integers(len(read), size=args.batch_size)]
-            inputs, labels = (filled_up([pair[side] for pair in pairs], device) for side in (0, 1))
+            inputs = filled_up([pair[0] for pair in pairs], device)
+            labels = filled_up([pair[1] for pair in pairs], device)
             optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr)
             loss = model(input_ids=inputs, attention_mask=inputs != 0,
                          labels=labels.masked_fill(labels == 0, -100)).loss

@@ -17,6 +17,7 @@ from conftest import TASKS, perform, refuse
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lib import encoders, files, linearized, vectors
+from lib.parameters import PARTS, choose_parameters
 from lib.study import open_study
 
 CPU = torch.device("cpu")
@@ -238,9 +239,9 @@ def test_open_clip_towers_have_the_named_parameters():
 def test_an_encoder_without_such_parameters_is_refused_and_says_what_was_looked_for():
     module, what = timm.create_model("convnext_atto"), "recipe attention on timm:convnext_atto"
     with pytest.raises(files.Refused, match=r"on timm:convnext_atto: no parameter is named like '\(\(attn"):
-        finetune.choose_parameters(module, finetune.RECIPES["attention"], what)
+        choose_parameters(module, finetune.RECIPES["attention"].trained, what)
     everything = sum(parameter.numel() for parameter in module.parameters())
-    assert finetune.choose_parameters(module, finetune.RECIPES["aligned"], what) == everything
+    assert choose_parameters(module, finetune.RECIPES["aligned"].trained, what) == everything
 
 
 @pytest.mark.parametrize("name, biases", [
@@ -251,7 +252,7 @@ def test_an_encoder_without_such_parameters_is_refused_and_says_what_was_looked_
 def test_every_bias_of_a_projection_trains_in_every_family(name, biases):
     with torch.device("meta"):
         module = timm.create_model(name, num_classes=0)
-    finetune.choose_parameters(module, finetune.RECIPES["attention-bias"], name)
+    choose_parameters(module, finetune.RECIPES["attention-bias"].trained, name)
     chosen = [key for key, parameter in module.named_parameters() if parameter.requires_grad]
     assert len([key for key in chosen if key.endswith("bias")]) == biases
     assert not any(re.search("norm|table|cpb|mlp", key) for key in chosen)
@@ -267,10 +268,10 @@ def test_a_recipe_that_would_leave_out_a_matrix_is_refused_by_its_name(name, rec
     with torch.device("meta"):
         module = timm.create_model(name, num_classes=0)
     if not left_out:
-        assert finetune.choose_parameters(module, finetune.RECIPES[recipe], name) > 1e6
+        assert choose_parameters(module, finetune.RECIPES[recipe].trained, name) > 1e6
         return
     with pytest.raises(files.Refused, match=f"{name} would leave out {left_out}"):
-        finetune.choose_parameters(module, finetune.RECIPES[recipe], name)
+        choose_parameters(module, finetune.RECIPES[recipe].trained, name)
 
 
 def with_dropped_paths(encoder):
@@ -359,7 +360,7 @@ def test_attention_and_linearized_go_through_every_stage(copy):
 
     # only what the recipe names has moved, on disk and in the merge
     tuned, _ = files.load_tensors(copy / "tiny/attention/finetuned/glyphs.safetensors", "")
-    assert tuned and all(re.search(finetune.ATTENTION, name) for name in tuned)
+    assert tuned and all(re.search(PARTS["attention"], name) for name in tuned)
     assert not any(torch.equal(tensor, pre[name]) for name, tensor in tuned.items())
     merged, _ = files.load_tensors(copy / "tiny/attention/merged.safetensors", "")
     assert all(torch.equal(merged[name], pre[name]) for name in pre if name not in tuned)

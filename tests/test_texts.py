@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from small_language import save_model, sentences, small_bert_folder, word_tokenizer
 
 from lib import encoders, files, flags, language, linearized, text_heads, texts
+from lib.parameters import choose_parameters
 
 CPU = torch.device("cpu")
 BERT, T5 = "transformers:tiny/bert", "transformers:tiny/t5"
@@ -278,7 +279,7 @@ def test_the_expansion_is_the_derivative(small_bert, t5, tmp_path):
 
 def trained(module, name):
     recipe = finetune.RECIPES[name]
-    return finetune.choose_parameters(module, recipe, name)
+    return choose_parameters(module, recipe.trained, name)
 
 
 def test_flan_t5_base_has_the_papers_numbers_of_parameters():
@@ -398,8 +399,8 @@ def test_a_t5_made_here_goes_through_zeroshot(data, tmp_path, monkeypatch):
     said = refuse("pretrain_t5", tmp_path / "whole", *given[:-1], "8")
     assert "was made with other settings" in said
     shared = ["transformers:small/t5", "--runs", tmp_path / "runs", "--dtype", "fp32", "--compile", "off"]
-    perform("finetune", *shared, "--recipe", "zeroshot", *given[:4], "--weights", tmp_path / "whole", "--steps",
-            "2", "--lr", "1e-3")
+    perform("finetune", *shared, "--recipe", "zeroshot", *given[:4], "--weights", tmp_path / "whole",
+            "--steps", "2", "--lr", "1e-3")
 
 
 # --------------------------------------------------------------------------------------- inputs
