@@ -13,6 +13,7 @@ Writes  FOLDER/config.json, model.safetensors, tokenizer.json, tokenizer_config.
         it trains FOLDER/state, from which the same command goes on
 Source  arXiv:1910.10683 (T5, span corruption); arXiv:2210.11416 (Flan-T5, prompts)
 """
+import itertools
 import time
 from pathlib import Path
 
@@ -73,15 +74,16 @@ def main(args):
         cells, labels, classes = read_dataset(name, source, common.REGISTERED.get(name), language.TextEncoder)
         rows, _ = common.validation_split(len(labels["train"]))
         cells, words = [cells["train"][row] for row in rows], texts.label_words(name, classes, asked["words"])
-        plain += [text for cell in cells for text in cell]
+        plain += itertools.chain(*cells)
         prompts = texts.written(name, "train", cells, asked["prompts"])
         prompted += [(prompt, words[label])
                      for (prompt,), label in zip(prompts, labels["train"][rows], strict=True)]
-    tokenizer = make_tokenizer(plain + [text for pair in prompted for text in pair])
+    tokenizer = make_tokenizer(itertools.chain(plain, *prompted))
     gapped = [row.ids[:LONGEST] for row in tokenizer.encode_batch(plain, add_special_tokens=False)]
     gapped = [row for row in gapped if len(row) > 3]
-    read = [row.ids[:LONGEST] for row in tokenizer.encode_batch([prompt for prompt, _ in prompted])]
-    said = [row.ids for row in tokenizer.encode_batch([word for _, word in prompted])]
+    prompts, words = zip(*prompted, strict=True)
+    read = [row.ids[:LONGEST] for row in tokenizer.encode_batch(prompts)]
+    said = [row.ids for row in tokenizer.encode_batch(words)]
     print(f"pretrain_t5: {len(gapped):,} texts and {len(read):,} prompts, "
           f"{tokenizer.get_vocab_size():,} kinds of tokens", flush=True)
 
