@@ -27,12 +27,12 @@ import torch
 import finetune
 from common import Evaluator, Split, Task, head_tensors, random_head, save_head
 from disentangle import error_rows
-from lib import devices, encoders, flags, language, linearized, plain, texts
+from lib import devices, encoders, flags, language, linearized, merging, plain, texts
 from lib.files import Refused, fingerprint, read_json, write_json
 from lib.parameters import choose_parameters
 from lib.results import provenance
 from lib.study import run
-from lib.vectors import add_up, head_file, load_vector, save_vector
+from lib.vectors import head_file, save_vector
 
 TRAINED = ["aligned", "attention", "linearized"]            # the recipes whose training is timed
 CLASSES = list(range(10))                                   # of a random task
@@ -131,7 +131,7 @@ def main(args):
                             1: (n, lambda: search_linear(1))}, repeats, device)
 
     # ---------------------------------------------------- (g) texts
-    text_rates, text_flops = bench_texts(machine, 256 if args.quick else 2048, repeats)
+    text_rates, text_flops = bench_texts(machine, 64 if args.quick else 2048, repeats)
 
     # ---------------------------------------------------- peak memory, in processes of their own
     parts = ["search over 2 tasks", "search over 8 tasks", *(f"fine-tuning {name}" for name in TRAINED)]
@@ -382,7 +382,7 @@ def part_peak(part, encoder, machine, train_batch):
         write_vectors(variant, names, encoder)
         devices.reset_peak_memory(machine.device)
         evaluator = Evaluator(encoder, *machine)
-        evaluator.use_vectors([add_up(load_vector(variant, name, encoder) for name in names)])
+        evaluator.use_vectors([merging.merge("sum", variant, names, encoder)])
         evaluator.hits([random_split(32, encoder.size)], [a_head(encoder, machine.device)], [(0.5,), (1.0,)])
     return devices.peak_memory(machine.device)
 

@@ -1,16 +1,18 @@
 """
 Task addition: theta_pre + lambda * sum_t tau_t, lambda picked on validation, test run at 0 and at the pick.
+Or another merging rule in place of the sum.
 
     python merge_eval.py tiny
     python merge_eval.py tiny --lambda-max 0.2                # 21 values again, but on a finer grid
     python merge_eval.py tiny --tasks glyphs,signs            # two of the tasks
     python merge_eval.py tiny --of aligned --name fine --lambda-max 0.2    # the same vectors, other results
+    python merge_eval.py tiny --rule ties                     # vectors of aligned, results in aligned-ties
 
 Reads   runs/ENCODER/pretrained.safetensors, features/, heads/ (probe.py), NAME/finetune.json (finetune.py),
         NAME/vectors/TASK.safetensors (make_vectors.py)
 Writes  runs/ENCODER/NAME/merge.json, merge.png, merged.safetensors (the encoder at the picked lambda, as timm
         loads it); while it searches state/merge.json, from which the same command goes on
-Source  arXiv:2511.14569 sections 3.2 and 4.2, appendix E
+Source  arXiv:2511.14569 sections 3.2 and 4.2, appendix E; the rules' are in lib/merging.py
 """
 import time
 
@@ -18,39 +20,47 @@ import numpy as np
 import torch
 
 from common import PROBES, cached_features, count_hits, mean, normalized_accuracy, predict
-from lib import flags, plots, ranks
+from lib import flags, merging, plots, ranks
 from lib.encoders import separate_weights
-from lib.files import save_tensors
+from lib.files import Refused, save_tensors
 from lib.study import open_study, run
-from lib.vectors import add_up, load_vector
 
 
 def parse_args(argv=None):
     parser = flags.stage_parser(__doc__)
     flags.add_name(parser)
     add = parser.add_argument
-    add("--lambda-max", type=flags.positive_float, default=1.0, help="largest lambda of the grid (default 1)")
+    add("--rule", choices=list(merging.RULES), default="sum",
+        help="how the vectors become one (default sum); others read NAME and write NAME-RULE")
+    add("--lambda-max", type=flags.positive_float,
+        help="largest lambda of the grid (default 1, of rules that average 2)")
     add("--lambdas", type=flags.positive, default=21,
         help="values of lambda from 0 to the largest (default 21)")
-    return parser.parse_args(argv)
+    return flags.rule_names(parser.parse_args(argv))
 
 
 def main(args):
     # ---------------------------------------------------- open
     study = open_study(args, __file__, "finetune.json")
     encoder, names, recipe = study.encoder, list(study.sources), study.recipe
-    lambdas = flags.even_grid("--lambda-max", 0, args.lambda_max, args.lambdas).tolist()
+    lambda_max = args.lambda_max or merging.RULES[args.rule].largest
+    lambdas = flags.even_grid("--lambda-max", 0, lambda_max, args.lambdas).tolist()
+    if args.rule != "sum" and len(names) < 2:
+        raise Refused(f"rule {args.rule} merges two tasks or more, there is {names[0]}")
     single = {"val": {name: study.finetuned["tasks"][name]["val"] for name in names},
               "test": {name: study.finetuned["tasks"][name]["test"] for name in names}}
     inputs = {"vectors": study.vectors(), "probes": study.probes(), "data": study.data, "single_task": single}
-    settings = {"recipe": recipe, "tasks": names, "lambdas": lambdas, "dtype": str(study.dtype)[6:]}
+    settings = {"recipe": recipe, "tasks": names, "rule": args.rule, "lambdas": lambdas,
+                "dtype": str(study.dtype)[6:]}
     files = [study.here / file for file in ("merge.png", "merged.safetensors")]
     result = study.result("merge.json", settings, inputs, files=lambda row: files)
     if not result.todo:
         return
 
-    # ---------------------------------------------------- the merging rule: the sum, read one at a time
-    merged = add_up(load_vector(study.source, name, encoder) for name in names)
+    # ---------------------------------------------------- one vector of all, by the rule
+    start = time.perf_counter()
+    merged = merging.merge(args.rule, study.source, names, encoder, study.seed, study.device)
+    merging_seconds = time.perf_counter() - start
 
     # ---------------------------------------------------- lambda = 0 and probing, from cached features
     tasks, heads, splits = study.tasks, list(study.heads.values()), {}
@@ -105,13 +115,14 @@ def main(args):
             "random": "lambda = 0"}[recipe["head"]]
     with result.saving():
         result.values = {
-            "recipe": recipe, "of": study.source.name, "lambdas": lambdas, "best_lambda": lambdas[best],
+            "recipe": recipe, "of": study.source.name, "rule": args.rule, "lambdas": lambdas,
+            "best_lambda": lambdas[best],
             "lambdas_within_2_points": [min(near_best), max(near_best)],
             "val": {"absolute": [mean(accuracy.values()) for accuracy in accuracies],
                     "normalized": normalized, "tasks": curves, "n": n["val"]},
             "test": at_best, "test_lambda0": at_zero, "gain": gain, "probing": probed,
             "single_task": single["test"], "single_task_mean": mean(single["test"].values()),
-            "seconds": state["seconds"],
+            "seconds": state["seconds"], "merging_seconds": merging_seconds,
             "images_per_second": (len(lambdas) - 1) * sum(n["val"].values()) / max(state["seconds"], 1e-9)}
         if not recipe["linear"]:             # whose merge is no set of weights for the encoder as it is
             weights = separate_weights(encoder.module) | dict(evaluator.merged((lambdas[best],)))
@@ -122,12 +133,13 @@ def main(args):
     # ---------------------------------------------------- say
     print(f"merge_eval: search of {len(lambdas)} lambdas {state['seconds']:.1f} s, "
           f"{result.values['images_per_second']:.0f} {encoder.unit}/s (compiling included)")
-    for label, row in ((zero, at_zero), (f"addition (lambda = {lambdas[best]:g})", at_best)):
+    what = "addition" if args.rule == "sum" else args.rule
+    for label, row in ((zero, at_zero), (f"{what} (lambda = {lambdas[best]:g})", at_best)):
         print(f"merge_eval: {label}: test absolute {row['absolute']:.4f}, "
               f"normalized {row['normalized']:.4f}, n = {sum(n['test'].values())}")
     for kind, row in probed.items():
         difference = row["addition_minus"]
-        print(f"merge_eval: addition minus probing ({kind}, {row['absolute']:.4f}): "
+        print(f"merge_eval: {what} minus probing ({kind}, {row['absolute']:.4f}): "
               f"{difference['mean']:+.4f} +- {difference['standard_error']:.4f}")
 
 

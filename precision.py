@@ -23,12 +23,12 @@ import dataclasses
 import torch
 
 from common import Evaluator, mean, sample
-from lib import flags
+from lib import flags, merging
 from lib.devices import compile_pays, has_tf32
 from lib.encoders import weights_of
 from lib.files import Refused, read_json
 from lib.study import open_study, run
-from lib.vectors import add_up, load_vector, norm
+from lib.vectors import norm
 
 
 def parse_args(argv=None):
@@ -52,7 +52,7 @@ def main(args):
     if not result.todo:
         return
     tasks, heads = study.tasks, list(study.heads.values())
-    merged = add_up(load_vector(study.source, name, encoder) for name in tasks)
+    merged = merging.merge(merge["rule"], study.source, list(tasks), encoder, study.seed, study.device)
     splits = [sample(task.splits["test"], args.images_per_task, args.seed) for task in tasks.values()]
     images = sum(len(split) for split in splits)
 

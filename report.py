@@ -16,8 +16,9 @@ import numpy as np
 
 from common import PROBES, TASKS
 from lib import flags, pages
-from lib.comparisons import (PUBLISHED, costs, inputs_of, percent, pictures_of_all, texts_added,
-                             trains_everything, which_parameters_train)
+from lib.beyond import merging_rules
+from lib.comparisons import (PUBLISHED, costs, inputs_of, minus_probing, percent, pictures_of_all,
+                             texts_added, trains_everything, which_parameters_train)
 from lib.devices import pick_device
 from lib.files import Refused, read_json, replacing, write_json
 from lib.inventory import find_results, not_there_yet, out_of_step, sources
@@ -51,7 +52,7 @@ def main(args):
               *doubtful, *answers(probes, variants), *accuracies]
     if args.seeds:
         blocks += over_seeds(args, variants, out)
-    blocks += pictures_of_all(variants, out)
+    blocks += merging_rules(variants) + pictures_of_all(variants, out)
     blocks += which_parameters_train(variants, out) + texts_added(variants)
     blocks += paper_in_small(variants) + pretraining
     blocks += costs(probes, variants)
@@ -184,7 +185,7 @@ def accuracy_rows(variant, published):
     rows = [{"encoder": variant["encoder"], "name": variant["name"],
              "tasks": len(tasks), "n": sum(test["n"].values()),
              **dict(zip(columns, map(digits, ours, columns), strict=True)),
-             **{f"minus {kind}": minus_probing(merge["probing"][kind]) for kind in PROBES}}]
+             **minus_probing(merge)}]
     theirs = published["rows"].get(variant["encoder"])
     if theirs:
         rows.append({"name": "paper", "tasks": 8,
@@ -193,11 +194,6 @@ def accuracy_rows(variant, published):
         gaps = [None if paper is None else own - paper for own, paper in zip(ours, theirs, strict=True)]
         rows.append({"name": "difference", **dict(zip(columns, map(digits, gaps, columns), strict=True))})
     return rows
-
-
-def minus_probing(probed):
-    minus = probed["addition_minus"]
-    return f"{100 * minus['mean']:+.1f} +- {100 * minus['standard_error']:.1f}"
 
 
 def digits(value, column):
@@ -260,7 +256,7 @@ def section(variant, probe):
     if "merge.json" in variant:
         merge = variant["merge.json"]
         test, n_val = merge["test"], sum(merge["val"]["n"].values())
-        of = "" if merge["of"] == variant["name"] else f"Vectors of {merge['of']}; "
+        of = "" if merge["of"] == variant["name"] else f"Vectors of {merge['of']}, {merge['rule']}; "
         blocks.append(("p", f"{of}lambda picked from {len(merge['lambdas'])} values on {n_val} validation "
                             f"{inputs_of(merge['config'])}, forward pass in {merge['config']['dtype']}."))
         rows = []

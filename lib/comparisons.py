@@ -26,6 +26,16 @@ def trains_everything(recipe):
     return not recipe["trained"] and not recipe["linear"]
 
 
+def with_error(difference):
+    """A paired difference in points."""
+    return f"{100 * difference['mean']:+.1f} +- {100 * difference['standard_error']:.1f}"
+
+
+def minus_probing(merge):
+    """{column: a merge minus either way of probing}."""
+    return {f"minus {kind}": with_error(merge["probing"][kind]["addition_minus"]) for kind in PROBES}
+
+
 def inputs_of(config):
     """"images" or "texts": what a result's encoder takes."""
     return "images" if "image_size" in config else "texts"

@@ -93,12 +93,3 @@ def probe_file(folder, kind, task, encoder_name):
     folder   the encoder's, runs/ENCODER
     """
     return folder / "heads" / kind / f"{task}.safetensors", f"python probe.py {encoder_name}"
-
-
-def add_up(vectors):
-    """The sum of task vectors, an iterable of {name: tensor}; read one at a time, two are in memory."""
-    total = {}
-    for vector in vectors:
-        for name, tensor in vector.items():
-            total[name] = total[name].add_(tensor) if name in total else tensor.clone()
-    return total

@@ -55,7 +55,7 @@ def test_the_recipes_run_from_a_copy_and_leave_the_original_alone(study, tmp_pat
     assert all(1 <= lines <= 10 for lines in changed.values()), changed
     finished = stage(sys.executable, "-c", RUN_ALL, json.dumps(commands))
     assert finished.returncode == 0, finished.stderr
-    shown = {"The loss": "| tiny | smooth | 3 |", "The merging rule": "| tiny | top | 3 |",
+    shown = {"The loss": "| tiny | smooth | 3 |", "The merging rule": "| tiny | aligned-top | 3 |",
              "A task": "| rings |", "The encoder family": "| conv | aligned | 1 |"}
     for title in TITLES:
         said = (tmp_path / title / "output").read_text()

@@ -17,14 +17,18 @@ from conftest import ROOT, STAGES, TASKS, TIMM, image_folder, perform, stage
 from lib.comparisons import PUBLISHED
 
 SCHEMES = ["pretrain", "pretrain_mae", "pretrain_dino", "pretrain_contrastive"]
-SCRIPTS = [*SCHEMES, "emergence", "probe", "finetune", "make_vectors", "merge_eval", "disentangle",
-           "subsets", "posthoc", "precision", "report", "bench"]
+SCRIPTS = [*SCHEMES, "pretrain_t5", "emergence", "probe", "finetune", "make_vectors", "merge_eval",
+           "disentangle", "subsets", "posthoc", "precision", "report", "bench"]
 PRINTED = re.compile(r"^(?:#   |    )(?:torchrun --nproc-per-node \d+ |python )(\w+)\.py(.*)$", re.M)
 ELSEWHERE = {  # executed by other tests, on what they make
     "finetune vit_b16_clip_laion2b --recipe zeroshot": "test_text_heads.py",
     "probe open_clip:ARCH/TAG": "test_encoders_and_hub.py",
     "probe vit_b16_dino": "test_encoders_and_hub.py, from a stand-in hub",
     "probe transformers:NAME --tasks cola,sst2": "test_encoders_and_hub.py, from a stand-in hub",
+    "pretrain_t5 FOLDER --data DIR --tasks cola,sst2": "test_texts.py",
+    "pretrain_t5 runs/small-t5 --data DIR --tasks cola,sst2,mrpc,rte,stsb,qqp": "test_texts.py",
+    "probe transformers:small/t5 --weights runs/small-t5 --data DIR --tasks cola,sst2,mrpc": "test_texts.py",
+    "finetune transformers:small/t5 --recipe zeroshot": "test_texts.py",
     "emergence": "test_emergence.py, small", "emergence --seeds 1": "test_emergence.py, small",
     "emergence --seeds 0 --schemes random,mae --checkpoints 400": "test_emergence.py, small",
     "bench": "below, at a size that takes seconds",
@@ -127,7 +131,7 @@ def test_run_all_takes_every_flag_of_the_stages_that_it_runs():
     taken = set(re.findall(r"(?<=[ |])(--[a-z-]+)(?= \||\))", (ROOT / "run_all.sh").read_text()))
     for name in ("probe", "finetune", "merge_eval", "disentangle", "subsets", "lib/flags"):
         flags = set(re.findall(r'add(?:_argument)?\("(--[a-z-]+)"', (ROOT / f"{name}.py").read_text()))
-        assert flags - {"--recipe", "--name", "--of", "--metric"} <= taken, name
+        assert flags - {"--recipe", "--name", "--of", "--rule", "--metric"} <= taken, name
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TASKS, perform, refuse
 
-from lib import devices, encoders, files, generated, images, linearized, training, vectors
+from lib import devices, encoders, files, generated, images, linearized, merging, training, vectors
 from lib.encoders import weights_of
 from lib.study import open_study
 
@@ -237,8 +237,7 @@ def test_the_merged_encoder_is_bit_for_bit_the_one_that_was_evaluated(copy, monk
     shipped, _ = files.load_tensors(copy / "tiny/aligned/merged.safetensors", "")
     evaluator, heads = there.evaluator(0), list(there.heads.values())
     splits = [task.splits["test"] for task in there.tasks.values()]
-    evaluator.use_vectors([vectors.add_up(vectors.load_vector(there.source, name, there.encoder)
-                                          for name in there.tasks)])
+    evaluator.use_vectors([merging.merge("sum", there.source, list(there.tasks), there.encoder)])
     evaluator.write((0.3,))
     for name, slot in evaluator.slots.items():
         assert torch.equal(slot, shipped[name].to(slot.dtype)), name
@@ -270,7 +269,8 @@ def test_lambda_is_chosen_on_validation_by_normalized_accuracy(study):
         curve.append(np.mean([merge["val"]["tasks"][name][k] / finetuned[name]["val"] for name in finetuned]))
     assert merge["lambdas"] == [round(k / 10, 10) for k in range(11)]
     asked = merge_eval.parse_args(["tiny"])
-    assert (asked.lambdas, asked.lambda_max) == (21, 1.0)  # the paper's: 0, .05, ..., 1
+    assert (asked.lambdas, asked.lambda_max, asked.rule) == (21, None, "sum")
+    assert merging.RULES["sum"].largest == 1.0             # the paper's: 0, .05, ..., 1
     assert merge["best_lambda"] == merge["lambdas"][int(np.argmax(curve))]
     np.testing.assert_allclose(merge["val"]["normalized"], curve, atol=1e-12)
 

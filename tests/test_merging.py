@@ -1,0 +1,200 @@
+"""Merging rules against small implementations of their own in numpy, their laws, and the stage."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import TASKS, perform, refuse
+
+from lib import encoders, files, merging
+from lib.merging import RULES
+
+SHAPES = {"a": (7, 11), "b": (13, 5), "c": (9,), "d": (3, 2, 4), "e": (1, 6), "f": (6, 6)}
+TRIMMED = {"ties"}                       # rules that leave out small entries
+MATRICES = [name for name, shape in SHAPES.items() if len(shape) == 2]
+
+
+def random_vectors(count, seed=0, shapes=SHAPES):
+    """`count` task vectors {name: tensor}, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    vectors = []
+    for _ in range(count):
+        vectors.append({name: torch.randn(shape, generator=generator, dtype=torch.float64)
+                        for name, shape in shapes.items()})
+    return vectors
+
+
+def merged(rule, vectors, tasks=None, seed=0):
+    """What merging.merge does, of vectors that lie in memory."""
+    tasks = tasks or [f"task{t}" for t in range(len(vectors))]
+    bounds, out = [merging.bound(vector) for vector in vectors], {}
+    for name in vectors[0]:
+        context = merging.Context(name, tasks, bounds, seed)
+        out[name] = RULES[rule].merged([vector[name] for vector in vectors], context)
+    return out
+
+
+# --------------------------------------------------------------------------------------- each rule once more
+
+
+def flat(vector):
+    return np.concatenate([vector[name].numpy().ravel() for name in SHAPES])
+
+
+def ties_again(vectors):
+    """On flat vectors, entry by entry."""
+    rows = []
+    for vector in map(flat, vectors):
+        order = np.argsort(-abs(vector))
+        keep = order[:len(vector) - max(1, round(len(vector) * 0.8)) + 1]
+        trimmed = np.zeros_like(vector)
+        trimmed[keep] = vector[keep]
+        rows.append(trimmed)
+    merged = np.zeros_like(rows[0])
+    for place, entries in enumerate(np.transpose(rows)):
+        positive = entries.sum() > 0
+        same = [entry for entry in entries if entry and (entry > 0) == positive]
+        merged[place] = np.mean(same) if same else 0
+    return merged
+
+
+def whitened(columns):
+    """(columns columns^T)^-1/2 columns by eigenvectors, of linearly independent rows or columns."""
+    gram = columns.T @ columns
+    values, vectors = np.linalg.eigh(gram)
+    kept = values > 1e-9
+    return columns @ (vectors[:, kept] / np.sqrt(values[kept])) @ vectors[:, kept].T
+
+
+def tsv_again(matrices):
+    """By power of the definition: sum over all kept triples after whitening."""
+    rank, lefts, rights, sizes = min(matrices[0].shape) // len(matrices), [], [], []
+    for matrix in matrices:
+        u, s, vt = np.linalg.svd(matrix)
+        for k in range(max(1, rank)):
+            lefts.append(u[:, k])
+            rights.append(vt[k])
+            sizes.append(s[k])
+    u, v = whitened(np.transpose(lefts)), whitened(np.transpose(rights))
+    return sum(size * np.outer(u[:, k], v[:, k]) for k, size in enumerate(sizes))
+
+
+def iso_again(matrices):
+    """(M M^T)^-1/2 M times the nuclear norm over the rank."""
+    total = sum(matrices)
+    polar = whitened(total) if total.shape[0] >= total.shape[1] else whitened(total.T).T
+    return np.linalg.norm(total, "nuc") / min(total.shape) * polar
+
+
+def iso_cts_again(matrices):
+    count, short = len(matrices), min(matrices[0].shape)
+    each = round((short - int(0.8 * short)) / count)
+    u, s, vt = np.linalg.svd(sum(matrices), full_matrices=False)
+    common = short - each * count
+    lefts, rights, sizes = list(u.T[:common]), list(vt[:common]), list(s[:common])
+    for matrix in matrices:
+        projected = (np.eye(len(u)) - u[:, :common] @ u[:, :common].T) @ matrix
+        own_u, own_s, own_vt = np.linalg.svd(projected, full_matrices=False)
+        lefts += list(own_u.T[:each])
+        rights += list(own_vt[:each])
+        sizes += list(own_s[:each])
+    return np.mean(sizes) * whitened(np.transpose(lefts)) @ whitened(np.transpose(rights)).T
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_rules_agree_with_other_implementations(count):
+    vectors = random_vectors(count, seed=count)
+    np.testing.assert_allclose(flat(merged("sum", vectors)), sum(map(flat, vectors)))
+    np.testing.assert_allclose(flat(merged("mean", vectors)), np.mean([*map(flat, vectors)], 0))
+    np.testing.assert_allclose(flat(merged("ties", vectors)), ties_again(vectors))
+    for rule, again in (("tsv-m", tsv_again), ("iso-c", iso_again), ("iso-cts", iso_cts_again)):
+        out = merged(rule, vectors)
+        for name in SHAPES:
+            tensors = [vector[name].numpy() for vector in vectors]
+            if name not in MATRICES:
+                expected = np.mean(tensors, 0)
+            elif rule == "iso-c" or count <= min(SHAPES[name]):   # more directions than there are: see below
+                expected = again(tensors)
+            else:
+                continue
+            np.testing.assert_allclose(out[name].numpy(), expected, atol=1e-9, err_msg=f"{rule} {name}")
+
+
+def test_dare_drops_nine_tenths_by_task_and_seed_and_keeps_the_mean():
+    vectors = random_vectors(2, shapes={"a": (400, 300), "b": (5000,)})
+    for name in ("a", "b"):
+        vectors[0][name].fill_(1.0)
+        vectors[1][name].zero_()
+    first = merged("dare", vectors)
+    for name, tensor in first.items():
+        assert set(tensor.unique().tolist()) == {0.0, 1 / (1 - merging.DROPPED)}
+        assert abs(tensor.mean().item() - 1) < 5 * 3 / tensor.numel() ** 0.5
+    assert all(torch.equal(first[name], merged("dare", vectors)[name]) for name in first)
+    assert not torch.equal(first["a"], merged("dare", vectors, seed=1)["a"])
+    assert not torch.equal(first["a"], merged("dare", vectors, ["other", "task1"])["a"])
+
+
+# --------------------------------------------------------------------------------------- laws
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_order_of_tasks_does_not_matter(rule):
+    vectors, tasks = random_vectors(3), ["one", "two", "three"]
+    forward = merged(rule, vectors, tasks)
+    backward = merged(rule, vectors[::-1], tasks[::-1])
+    for name, tensor in forward.items():
+        torch.testing.assert_close(tensor, backward[name])
+
+
+@pytest.mark.parametrize("rule, scale", [("sum", 3), ("mean", 1), ("tsv-m", 1), ("ties", 1), ("iso-c", 3)])
+def test_equal_vectors_merge_to_one_of_them(rule, scale):
+    """To what the rule makes of one alone, times a scale; of TSV-M in matrices as low in rank as it keeps."""
+    [vector] = random_vectors(1)
+    for name in MATRICES if rule == "tsv-m" else ():
+        left, right = random_vectors(1, 1, {"l": (SHAPES[name][0], 1), "r": (1, SHAPES[name][1])})[0].values()
+        vector[name] = left @ right
+    alone, together = merged(rule, [vector]), merged(rule, [vector] * 3)
+    for name in SHAPES:
+        one = scale if rule != "iso-c" or name in MATRICES else 1          # what is no matrix it averages
+        torch.testing.assert_close(together[name], one * alone[name])
+        if rule in ("sum", "mean", "tsv-m"):
+            torch.testing.assert_close(alone[name], vector[name])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_vector_of_zeros_is_harmless(rule):
+    vectors = random_vectors(2)
+    zero = {name: torch.zeros_like(tensor) for name, tensor in vectors[0].items()}
+    for tensor in merged(rule, [zero, zero]).values():
+        assert torch.equal(tensor, torch.zeros_like(tensor))
+    with_it = merged(rule, [*vectors, zero])
+    assert all(tensor.isfinite().all() for tensor in with_it.values())
+    if rule in ("sum", "ties"):
+        for name, tensor in merged(rule, vectors).items():
+            torch.testing.assert_close(with_it[name], tensor)
+    if rule == "tsv-m":                                    # its directions, which are any, push nobody away
+        alone = RULES[rule].merged([vectors[0]["f"]] + [zero["f"]] * 2, None)
+        leading, values, right = merging.leading(vectors[0]["f"], 2)
+        torch.testing.assert_close(alone, leading * values @ right.T)
+
+
+# --------------------------------------------------------------------------------------- the stage
+
+
+def test_rules_stand_beside_the_sum(copy, monkeypatch):
+    """Each in a folder of its own, from the same vectors; the report has a table of them."""
+    shared = ["tiny", "--runs", copy, "--tasks", ",".join(TASKS)]
+    for rule in ("ties", "iso-cts"):
+        perform("merge_eval", *shared, "--rule", rule, "--lambdas", "3")
+        found = json.loads((copy / f"tiny/aligned-{rule}/merge.json").read_text())
+        assert found["rule"] == rule and found["of"] == "aligned" and found["lambdas"] == [0, 1, 2]
+    encoder = encoders.load_encoder("tiny", copy)
+    vector = merging.merge("iso-cts", copy / "tiny/aligned", TASKS, encoder)
+    shipped, _ = files.load_tensors(copy / "tiny/aligned-iso-cts/merged.safetensors", "")
+    for name, tensor in encoders.weights_of(encoder.module).items():
+        torch.testing.assert_close(shipped[name], tensor + found["best_lambda"] * vector[name])
+    perform("report", "--runs", copy)
+    report = (copy / "report/report.md").read_text()
+    assert "## Merging rules" in report and "| tiny | aligned | iso-cts | aligned-iso-cts |" in report
+    one = [*shared[:-1], TASKS[0], "--rule", "ties"]
+    assert "rule ties merges two tasks or more" in refuse("merge_eval", *one)
