@@ -36,6 +36,7 @@ from lib.vectors import head_file, save_vector
 
 TRAINED = ["aligned", "attention", "linearized"]            # the recipes whose training is timed
 CLASSES = list(range(10))                                   # of a random task
+TEXT_SHAPE = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}    # all-MiniLM-L6-v2's
 STEP = 1e-3                                                 # a random task vector's deviation
 
 
@@ -223,13 +224,14 @@ def random_vectors(encoder, count):
 
 
 def random_text_encoder(longest):
-    """The architecture of all-MiniLM-L6-v2, six blocks of 384, with random weights, for so many tokens."""
+    """A BERT of TEXT_SHAPE with random weights, for so many tokens."""
     import transformers
-    config = transformers.BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
+    config = transformers.BertConfig(**TEXT_SHAPE)
     architecture = {"library": "transformers", "name": "bert", "pad": 0, "separator": None, "pooling": "mean",
                     "config": language.plain(language.without_dropout(config))}
     torch.manual_seed(0)
-    return language.TextEncoder("bert", encoders.build_architecture(architecture).eval(), 384, "random",
+    return language.TextEncoder("bert", encoders.build_architecture(architecture).eval(),
+                                TEXT_SHAPE["hidden_size"], "random",
                                 {"architecture": architecture, "longest": longest}, None)
 
 

@@ -208,6 +208,7 @@ def test_bench_measures_every_part(left, tmp_path, monkeypatch, capsys):
         return bench.part_peak(part, encoder, bench.Machine(torch.device("cpu"), torch.float32, False), 8)
 
     monkeypatch.setattr(bench, "own_process", mostly_here)
+    monkeypatch.setattr(bench, "TEXT_SHAPE", bench.TEXT_SHAPE | {"hidden_size": 48, "num_hidden_layers": 1})
     small = ["--image-size", "32", "--images", "4", "--lambdas", "2", "--repeats", "1", "--compile", "off"]
     perform("bench", "--quick", *small, "--study", left / "tiny", "--out", tmp_path / "bench.json")
     said = capsys.readouterr().out
