@@ -36,7 +36,10 @@ def parse_args(argv=None):
         help="largest lambda of the grid (default 1, of rules that average 2)")
     add("--lambdas", type=flags.positive, default=21,
         help="values of lambda from 0 to the largest (default 21)")
-    return flags.rule_names(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    if args.rule != "sum" and not args.of:                 # its results stand beside the sum's
+        args.of, args.name = args.name, f"{args.name}-{args.rule}"
+    return args
 
 
 def main(args):

@@ -79,11 +79,13 @@ def main(args):
         prompted += [(prompt, words[label])
                      for (prompt,), label in zip(prompts, labels["train"][rows], strict=True)]
     tokenizer = make_tokenizer(itertools.chain(plain, *prompted))
-    gapped = [row.ids[:LONGEST] for row in tokenizer.encode_batch(plain, add_special_tokens=False)]
+    tokenizer.enable_truncation(LONGEST)                    # </s> stays where a prompt is cut
+    gapped = [row.ids for row in tokenizer.encode_batch(plain, add_special_tokens=False)]
     gapped = [row for row in gapped if len(row) > 3]
     prompts, words = zip(*prompted, strict=True)
-    read = [row.ids[:LONGEST] for row in tokenizer.encode_batch(prompts)]
+    read = [row.ids for row in tokenizer.encode_batch(prompts)]
     said = [row.ids for row in tokenizer.encode_batch(words)]
+    tokenizer.no_truncation()
     print(f"pretrain_t5: {len(gapped):,} texts and {len(read):,} prompts, "
           f"{tokenizer.get_vocab_size():,} kinds of tokens", flush=True)
 
@@ -121,7 +123,7 @@ def main(args):
             if (step + 1) % SAY_EVERY == 0:
                 losses.append(loss.item())
                 bar.set_postfix(loss=f"{losses[-1]:.2f}", refresh=False)
-            if (step + 1) % SAVE_EVERY == 0:
+            if (step + 1) % SAVE_EVERY == 0 and step + 1 < args.steps:
                 save_state(path, {"settings": settings, "step": step + 1, "losses": losses,
                                   "model": model.state_dict(), "optimizer": optimizer.state_dict()})
 

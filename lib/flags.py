@@ -56,16 +56,6 @@ def add_name(parser):
                              "--name (default: the same)")
 
 
-def rule_names(args):
-    """Under another rule than the sum results stand beside the sum's: --name full --rule ties is full-ties.
-
-    With --of it is --name that says where.
-    """
-    if args.rule != "sum" and not args.of:
-        args.of, args.name = args.name, f"{args.name}-{args.rule}"
-    return args
-
-
 def flag_parser(docstring):
     """An argparse parser whose --help is the docstring and whose errors are one line."""
     parser = argparse.ArgumentParser(description=docstring,

@@ -3,8 +3,9 @@ Merging rules: the vectors of several tasks become one, which lambda then scales
 
     merged = merging.merge("ties", folder, ["cars", "dtd"], encoder)     # {name: tensor}
 
-A rule gets the tensors of one name, one of each task, so that no more than these are in memory: T times the
-largest tensor. Rules on spectra treat matrices; what is no matrix they average, as their authors do.
+A rule gets the tensors of one name, one of each task: besides the result T times the largest tensor are in
+memory, and before that a vector at a time, whole, for its checksum. Rules on spectra treat matrices; what is
+no matrix they average, as their authors do.
 Shapes: T tasks, m x n a matrix.
 Source  with each rule; the shares that are kept are those of its authors' code
 """

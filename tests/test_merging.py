@@ -10,7 +10,6 @@ from lib import encoders, files, merging
 from lib.merging import RULES
 
 SHAPES = {"a": (7, 11), "b": (13, 5), "c": (9,), "d": (3, 2, 4), "e": (1, 6), "f": (6, 6)}
-TRIMMED = {"ties"}                       # rules that leave out small entries
 MATRICES = [name for name, shape in SHAPES.items() if len(shape) == 2]
 
 
@@ -67,7 +66,7 @@ def whitened(columns):
 
 
 def tsv_again(matrices):
-    """By power of the definition: sum over all kept triples after whitening."""
+    """The sum over all kept triples, one by one, after whitening."""
     rank, lefts, rights, sizes = min(matrices[0].shape) // len(matrices), [], [], []
     for matrix in matrices:
         u, s, vt = np.linalg.svd(matrix)
@@ -113,7 +112,7 @@ def test_rules_agree_with_other_implementations(count):
             tensors = [vector[name].numpy() for vector in vectors]
             if name not in MATRICES:
                 expected = np.mean(tensors, 0)
-            elif rule == "iso-c" or count <= min(SHAPES[name]):   # more directions than there are: see below
+            elif rule == "iso-c" or count <= min(SHAPES[name]):   # else each task keeps one, or none
                 expected = again(tensors)
             else:
                 continue
