@@ -16,7 +16,7 @@ import numpy as np
 
 from common import PROBES, TASKS
 from lib import flags, pages
-from lib.beyond import merging_rules
+from lib.beyond import beyond_the_sum, merging_rules, negations
 from lib.comparisons import (PUBLISHED, costs, inputs_of, minus_probing, percent, pictures_of_all,
                              texts_added, trains_everything, which_parameters_train)
 from lib.devices import pick_device
@@ -52,7 +52,8 @@ def main(args):
               *doubtful, *answers(probes, variants), *accuracies]
     if args.seeds:
         blocks += over_seeds(args, variants, out)
-    blocks += merging_rules(variants) + pictures_of_all(variants, out)
+    blocks += merging_rules(variants) + beyond_the_sum(variants) + negations(variants)
+    blocks += pictures_of_all(variants, out)
     blocks += which_parameters_train(variants, out) + texts_added(variants)
     blocks += paper_in_small(variants) + pretraining
     blocks += costs(probes, variants)

@@ -11,7 +11,9 @@ from lib.files import read_json
 MADE_BY = {"finetune.json": "finetune.py", "vectors.json": "make_vectors.py", "merge.json": "merge_eval.py",
            "disentangle.json": "disentangle.py", "scaling.json": "subsets.py"}
 MADE_ON_DEMAND = {"representation.json": "disentangle.py --metric representation",
-                  "posthoc.json": "posthoc.py", "precision.json": "precision.py"}
+                  "posthoc.json": "posthoc.py", "precision.json": "precision.py",
+                  "refit.json": "refit.py", "coefficients.json": "coefficients.py",
+                  "negation.json": "negate.py"}
 
 
 def find_results(runs):
@@ -70,7 +72,7 @@ def made_of(result):
     whole["single_task"] = config.get("single_task", {}).get("test", {})
     for kind, values in whole.items():
         used |= {(task, kind): value for task, value in values.items()}
-    for key in ("tasks", "pairs", "subsets"):
+    for key in ("tasks", "pairs", "subsets", "targets"):
         rows = result.get(key, {})
         for name, row in rows.items() if isinstance(rows, dict) else ():
             tasks, inputs = row.get("tasks", [name]), row.get("made_of", {})

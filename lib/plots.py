@@ -32,7 +32,7 @@ def save(path, fig):
     import matplotlib.pyplot as plt
     if ranks.rank() == 0:
         with replacing(path) as temporary:
-            fig.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
+            fig.savefig(temporary, format="png", dpi=150)
     plt.close(fig)
     print(f"picture: {path}", flush=True)
     return path
@@ -59,6 +59,36 @@ def lambda_curve(path, merge, title, at_zero):
     axes.set(xlabel="scaling coefficient lambda", ylabel="validation accuracy", ylim=(0, 1.03))
     axes.set_title(title, loc="left", fontsize=9)
     fig.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
+    return save(path, fig)
+
+
+def refit(path, lambdas, curves, title):
+    """Validation against lambda, {way of obtaining heads: normalized accuracy, or agreement}."""
+    fig, axes = figure(6.4, 4.2)
+    for way, values in curves.items():
+        axes.plot(lambdas, values, marker=".", label=way)
+    axes.set(xlabel="scaling coefficient lambda", ylabel="validation, accuracy / single task or agreement")
+    axes.set_title(title, loc="left", fontsize=9)
+    fig.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
+    return save(path, fig)
+
+
+def trade_off(path, rows, floor, title):
+    """Target accuracy against what control keeps, a panel for each {target: row of negate.py}."""
+    fig, axes = panels(len(rows))
+    for ax, (target, row) in zip(axes, rows.items(), strict=True):
+        for index, (label, cell) in enumerate(row["subtracted"].items()):
+            control = np.array(cell["val"]["control"]) / cell["val"]["control"][0]
+            ax.plot(control, cell["val"]["target"], color=f"C{index}", marker=".", linewidth=1, label=label)
+            best = cell["best"]
+            ax.plot(control[best], cell["val"]["target"][best], "*", color=f"C{index}", markersize=11)
+        ax.axhline(1 / row["classes"], color="black", linestyle=":", linewidth=1, label="chance")
+        ax.axvline(floor, color="crimson", linestyle="--", linewidth=1, label="floor")
+        ax.set(xlabel="control, share kept", ylabel="target accuracy", ylim=(0, 1))
+        ax.set_title(target, fontsize=9)
+    fig.suptitle(f"{title}: theta_pre - lambda * vector, validation; the star is the lambda picked",
+                 fontsize=9)
+    fig.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncol=5)
     return save(path, fig)
 
 

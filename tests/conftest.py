@@ -15,10 +15,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from lib import encoders, files, flags, generated, results, store
+# lib is imported where it is used: the process that only deals tests out need not wait for torch
 
 TASKS = ["glyphs", "signs", "textures"]
-SMALL = ["--tasks", ",".join(TASKS), "--pretrain-steps", "80", "--probe-steps", "300",
+SMALL = ["--tasks", ",".join(TASKS), "--pretrain-steps", "40", "--probe-steps", "300",
          "--steps", "20", "--batch-size", "32", "--lambdas", "11", "--points", "5", "--samples", "100"]
 TIMM = "timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 STAGES = {  # the settings of SMALL, stage by stage
@@ -54,6 +54,7 @@ def contents(folder):
 
 def refuse(name, *words):
     """Call a stage's main in this process; returns the refusal's text. Anything else fails the test."""
+    from lib import files
     with pytest.raises(files.Refused) as refusal:
         perform(name, *words)
     return str(refusal.value)
@@ -69,6 +70,7 @@ def perform(name, *words):
 @contextlib.contextmanager
 def as_a_process():
     """The locks that the body claims are let go of at its end, as when a process ends, however it ends."""
+    from lib import results
     held, claim = [], results.claim
 
     def remembering(path, name):
@@ -93,7 +95,7 @@ def stage_module(name):
     return module
 
 
-LONGEST = ["killed_anywhere", "two_processes_give", "the_recipes_run", "go_through_every_stage"]
+LONGEST = ["killed_anywhere", "the_recipes_run", "go_through_every_stage"]
 
 
 def pytest_collection_modifyitems(items):
@@ -113,6 +115,7 @@ FEW = {"train": (0, 1600), "test": (1, 400)}               # generated.SPLITS of
 
 def draw_few(runs):
     """Smaller splits of the study's tasks in runs/inputs, where every stage finds them drawn already."""
+    from lib import generated, store
     with mock.patch.object(generated, "SPLITS", FEW):
         for name in TASKS:
             pictures = types.SimpleNamespace(takes="images", stored_as=lambda name: generated.SIDE)
@@ -193,6 +196,7 @@ def image_folder(folder, n_train=12, n_test=10, size=(20, 24), classes=("cat", "
 def args(tmp_path):
     """Shared flags of a stage, for calling the library part without a command line."""
     words = ["--device", "cpu", "--compile", "off", "--dtype", "fp32"]
+    from lib import flags
     return flags.stage_parser("").parse_args(["tiny", "--runs", str(tmp_path / "runs"), *words])
 
 
@@ -200,6 +204,8 @@ def args(tmp_path):
 def small_encoder():
     """A one-block ViT with random weights, 16-pixel images."""
     import torch
+
+    from lib import encoders, files
     architecture = {"library": "timm", "name": "vit_tiny_patch16_224",
                     "kwargs": {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2,
                                "num_classes": 0}}

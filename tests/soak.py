@@ -2,12 +2,13 @@
 Kill the stages with SIGKILL at random instants, start them again until they finish, and compare every file
 with those of an undisturbed run.
 
-    python tests/soak.py 50                # 50 kills; RUNS folders are made in a temporary place
-    python tests/soak.py 50 --seed 3
+    python tests/soak.py 50                # 50 kills, in a temporary folder
+    python tests/soak.py 50 --seed 3 --folder DIR          # a new folder, which is kept
 
 Each stage is a fork of this process, which has imported everything, so that a kill costs no start-up. Ends in
 exit code 1 and the names of the files that differ. Prints its figures as one line of JSON.
 """
+import contextlib
 import importlib
 import json
 import os
@@ -39,11 +40,13 @@ def parse_args():
     parser = flag_parser(__doc__)
     parser.add_argument("kills", type=int, help="how often to kill in all")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="where to work, kept (default: a temporary place)")
     return parser.parse_args()
 
 
 def main(args):
-    with tempfile.TemporaryDirectory() as folder:
+    place = contextlib.nullcontext(args.folder) if args.folder else tempfile.TemporaryDirectory()
+    with place as folder:
         clean, rough = Path(folder) / "clean", Path(folder) / "rough"
         draw_folders(Path(folder) / "data")
         random_encoder(clean / "tiny/pretrained.safetensors")

@@ -245,7 +245,7 @@ def test_other_settings_of_what_is_trained_are_refused_by_name_and_overwrite_all
     assert "steps 20 there, 10 asked" in said and "--name" in said and "--overwrite" in said
     assert "recipe of head" in refuse("finetune", *shared, *STAGES["finetune"], "--recipe", "full",
                                       "--name", "aligned")
-    assert "steps 80 there, 5 asked" in refuse("pretrain", "tiny", "--runs", copy, "--pretrain-steps", "5")
+    assert "steps 40 there, 5 asked" in refuse("pretrain", "tiny", "--runs", copy, "--pretrain-steps", "5")
     assert snapshot(copy) == before
     for name in ("probe", "finetune"):                     # before another seed draws other pictures
         words = ["--tasks", "textures", *STAGES[name], "--seed", "1"]
@@ -378,7 +378,7 @@ def test_a_finished_study_run_again_does_nothing(copy, capsys):
     before = snapshot(copy)
     for name, settings in STAGES.items():
         perform(name, "tiny", "--runs", copy, *ALL_TASKS, *settings)
-    perform("pretrain", "tiny", "--runs", copy, "--pretrain-steps", "80")
+    perform("pretrain", "tiny", "--runs", copy, "--pretrain-steps", "40")
     assert capsys.readouterr().out.count("nothing to do") == 6
     assert snapshot(copy) == before
 

@@ -18,7 +18,8 @@ from lib.comparisons import PUBLISHED
 
 SCHEMES = ["pretrain", "pretrain_mae", "pretrain_dino", "pretrain_contrastive"]
 SCRIPTS = [*SCHEMES, "pretrain_t5", "emergence", "probe", "finetune", "make_vectors", "merge_eval",
-           "disentangle", "subsets", "posthoc", "precision", "report", "bench"]
+           "disentangle", "subsets", "posthoc", "precision", "refit", "coefficients", "negate", "report",
+           "bench"]
 PRINTED = re.compile(r"^(?:#   |    )(?:torchrun --nproc-per-node \d+ |python )(\w+)\.py(.*)$", re.M)
 ELSEWHERE = {  # executed by other tests, on what they make
     "finetune vit_b16_clip_laion2b --recipe zeroshot": "test_text_heads.py",
@@ -32,6 +33,10 @@ ELSEWHERE = {  # executed by other tests, on what they make
     "emergence": "test_emergence.py, small", "emergence --seeds 1": "test_emergence.py, small",
     "emergence --seeds 0 --schemes random,mae --checkpoints 400": "test_emergence.py, small",
     "bench": "below, at a size that takes seconds",
+    "refit tiny": "test_refit.py", "refit tiny --name full --lambda-max 0.6": "test_refit.py",
+    "coefficients tiny": "test_refit.py", "negate tiny": "test_negate.py",
+    "negate tiny --lambda-max 0.4": "test_negate.py", "negate tiny --name full --floor 0.9": "test_negate.py",
+    "negate vit_b16_clip_laion2b --tasks cars,dtd --control sun397": "test_negate.py",
 }
 SMALL = {  # settings behind what is printed; of two the last counts
     **dict.fromkeys(SCHEMES, ["--pretrain-steps", "3", "--checkpoints", "0,2"]),
@@ -96,7 +101,7 @@ def as_run(command, runs):
         return [script, "--runs", runs, *(["--seeds", *words] if words else [])]
     small = SMALL.get(script, [])
     if command.startswith("pretrain tiny") and words[0] == "tiny":
-        small = ["--pretrain-steps", "80"]                  # as the study was made
+        small = ["--pretrain-steps", "40"]                  # as the study was made
     if script == "finetune" and "full" in words:
         small = FEW_STEPS
     elif script == "finetune" and not {"--lr", "--name"} & set(words):

@@ -1,8 +1,12 @@
 """Real architectures with random weights, real file layouts, downloads from a stand-in hub on loopback."""
+import contextlib
 import copy as copying
 import hashlib
 import io
 import json
+import shutil
+import socket
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -13,7 +17,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT, TIMM, image_folder, refuse, stage
+from conftest import ROOT, TIMM, image_folder, perform, refuse, stage
 from PIL import Image
 from safetensors.torch import save_file
 from stand_in_hub import client_environment, serve, write_data_set, write_timm_model
@@ -206,7 +210,8 @@ def test_the_scaling_laws_checkpoint_loads_into_timm_and_agrees_with_open_clip(t
 # --------------------------------------------------------------------------------------- downloads
 
 
-def generated_dtd():
+@pytest.fixture(scope="module")
+def dtd(tmp_path_factory):
     """A stand-in for tanganke/dtd: its row and class counts and columns, noise for pictures."""
     import datasets
     rng = np.random.default_rng(0)
@@ -221,15 +226,16 @@ def generated_dtd():
             cells.append({"bytes": buffer.getvalue(), "path": None})
         columns = {"image": cells, "label": [index % 47 for index in range(n)]}
         splits[split] = datasets.Dataset.from_dict(columns, features=features)
-    return datasets.DatasetDict(splits)
+    folder = tmp_path_factory.mktemp("dtd")
+    write_data_set(folder, {"default": datasets.DatasetDict(splits)})
+    return folder
 
 
-def test_probe_runs_from_a_hub_under_the_real_names(tmp_path):
+def test_probe_runs_from_a_hub_under_the_real_names(dtd, tmp_path):
     torch.manual_seed(0)
     model, runs = timm.create_model("vit_tiny_patch16_224"), tmp_path / "runs"
     write_timm_model(tmp_path / "hub/model", model)
-    write_data_set(tmp_path / "hub/data", {"default": generated_dtd()})
-    hub = {"datasets/tanganke/dtd": tmp_path / "hub/data", f"timm/{TIMM_NAME}": tmp_path / "hub/model"}
+    hub = {"datasets/tanganke/dtd": dtd, f"timm/{TIMM_NAME}": tmp_path / "hub/model"}
     with serve(hub) as (url, seen):
         finished = stage(sys.executable, "probe.py", TIMM, "--runs", runs, "--tasks", "dtd",
                          "--image-size", "32", "--probe-steps", "20",
@@ -285,57 +291,71 @@ def test_damaged_downloads_are_deleted_and_refused(tmp_path, monkeypatch):
     assert len(list(blobs.iterdir())) == 1 and not damaged.exists()
 
 
-READ_DTD = """
+TWICE = """  # one process that tries twice, the second time when a line comes: imports take most of the time
+import sys
+from pathlib import Path
 import common
-from lib import encoders, reading, study
+from lib import encoders, files, reading
 
-def main(args):
+def read():
     encoded, _, _ = reading.read_dataset("dtd", "tanganke/dtd", common.TASKS["dtd"], encoders.Encoder)
-    print(len(encoded["test"]), "images")
+    return f"{len(encoded['test'])} images"
 
-study.run(main, dict)
+def load():
+    return encoders.load_encoder(sys.argv[3], Path(sys.argv[2]), image_size=32).name
+
+for _ in range(2):
+    try:
+        print("made", globals()[sys.argv[1]](), flush=True)
+    except files.Refused as refusal:
+        print("refused", " ".join(str(refusal).split()), flush=True)
+    sys.stdin.readline()
 """
 
 
-def test_a_damaged_download_of_a_data_set_is_refused_then_fetched_again(tmp_path):
-    write_data_set(tmp_path / "hub", {"default": generated_dtd()})
+@contextlib.contextmanager
+def trying(*words, **options):
+    """A function that makes one process try, the second time again, and returns what it says of that."""
+    command = [sys.executable, "-u", "-c", TWICE, *map(str, words)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
+
+    def tried():
+        said = next(line for line in process.stdout if line.startswith(("made", "refused")))
+        process.stdin.write("again\n")
+        process.stdin.flush()
+        return said
+
+    with process:
+        yield tried
+
+
+def test_a_damaged_download_of_a_data_set_is_refused_then_fetched_again(dtd, tmp_path):
+    shutil.copytree(dtd, tmp_path / "hub")
     parquet = next((tmp_path / "hub/data").glob("test-*"))
     here = image_folder(tmp_path / "here/tanganke/dtd").parent.parent      # is not what the hub's name means
-    whole, words = parquet.read_bytes(), [sys.executable, "-c", READ_DTD]
+    whole = parquet.read_bytes()
     with serve({"datasets/tanganke/dtd": tmp_path / "hub"}) as (url, _):
         environment = client_environment(url, tmp_path / "home") | {"PYTHONPATH": str(ROOT)}
         parquet.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
-        first = stage(*words, env=environment, cwd=here)
-        said = "a download from tanganke/dtd is damaged"
-        assert first.returncode == 2 and said in first.stderr, first.stderr
-        parquet.write_bytes(whole)
-        second = stage(*words, env=environment, cwd=here)
-    assert second.returncode == 0 and "1880 images" in second.stdout, second.stderr
-
-
-LOAD_ENCODER = """
-import sys
-from pathlib import Path
-from lib import encoders, study
-
-study.run(lambda runs: encoders.load_encoder(sys.argv[2], runs, image_size=32), lambda: Path(sys.argv[1]))
-"""
+        with trying("read", env=environment, cwd=here) as tried:
+            assert "a download from tanganke/dtd is damaged" in (said := tried()) and "refused" in said
+            parquet.write_bytes(whole)
+            assert "made 1880 images" in tried()
 
 
 def test_a_damaged_download_of_an_encoder_is_refused_then_fetched_again(tmp_path):
     write_timm_model(tmp_path / "hub", timm.create_model("vit_tiny_patch16_224", depth=12))
-    weights, home = tmp_path / "hub/model.safetensors", tmp_path / "home"
-    whole, words = weights.read_bytes(), [sys.executable, "-c", LOAD_ENCODER, tmp_path / "runs", TIMM]
+    weights, home, runs = tmp_path / "hub/model.safetensors", tmp_path / "home", tmp_path / "runs"
+    whole = weights.read_bytes()
     with serve({f"timm/{TIMM_NAME}": tmp_path / "hub"}) as (url, _):
         weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))    # a bit of the last weight, on the way
-        first = stage(*words, env=client_environment(url, home))
-        said = f"a download from timm/{TIMM_NAME} is damaged"
-        assert first.returncode == 2 and said in first.stderr, first.stderr
-        assert not list(home.rglob(hashlib.sha256(whole).hexdigest())) and not (tmp_path / "runs").exists()
-        weights.write_bytes(whole)
-        second = stage(*words, env=client_environment(url, home))
-    assert second.returncode == 0, second.stderr
-    assert list(tmp_path.glob("runs/*/pretrained.safetensors"))
+        environment = client_environment(url, home) | {"PYTHONPATH": str(ROOT)}
+        with trying("load", runs, TIMM, env=environment) as tried:
+            assert f"refused a download from timm/{TIMM_NAME} is damaged" in tried()
+            assert not list(home.rglob(hashlib.sha256(whole).hexdigest())) and not runs.exists()
+            weights.write_bytes(whole)
+            assert "made" in tried()
+    assert list(runs.glob("*/pretrained.safetensors"))
 
 
 # --------------------------------------------------------------------------------------- no network
@@ -352,18 +372,18 @@ def test_without_a_network_what_is_wanted_and_how_to_give_it_is_said_at_once(tmp
     assert not list(runs.rglob("*.*"))
 
 
-def test_without_a_network_tiny_works_and_a_hub_task_says_what_it_wanted(copy, tmp_path, monkeypatch):
+def test_without_a_network_tiny_works_and_a_hub_task_says_what_it_wanted(copy, monkeypatch):
     import datasets
     import huggingface_hub
-    environment = client_environment("http://127.0.0.1:9", tmp_path / "home")
     shared = ["tiny", "--runs", copy, "--probe-steps", "300", "--tasks"]
     with monkeypatch.context() as offline:
         offline.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         offline.setattr(datasets.config, "HF_HUB_OFFLINE", True)
         message = refuse("probe", *shared, "letters,svhn")
     assert "ufldl-stanford/svhn" in message and "--data DIR" in message and "ConnectionError" in message
-    finished = stage(sys.executable, "probe.py", *shared, "letters", env=environment)
-    assert finished.returncode == 0, finished.stderr
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("tiny asks a network"))
+    perform("probe", *shared, "letters")
+    assert "letters" in json.loads((copy / "tiny/probe.json").read_text())["tasks"]
 
 
 # --------------------------------------------------------------------------------------- local folders

@@ -1,4 +1,8 @@
-"""`torchrun --nproc-per-node 2 tests/two_processes.py RUNS`: the heavy stages in turn, on two processes."""
+"""
+The heavy stages in turn, on two processes; with "cut" one once more on a head that was cut.
+
+    torchrun --nproc-per-node 2 tests/two_processes.py RUNS [cut]
+"""
 import importlib
 import sys
 from pathlib import Path
@@ -20,7 +24,7 @@ STAGES = [("probe", ["--probe-steps", "40", "--overwrite"]),
 
 def shared_words(runs):
     """The flags of every stage; the data of draw_folders lie beside the runs folder."""
-    data = str(Path(runs).parent / "data")
+    data = str(runs.parent / "data")
     return ["tiny", "--data", data, "--tasks", "digits,boards", "--runs", str(runs)]
 
 
@@ -37,12 +41,20 @@ def draw_folders(data):
                 Image.fromarray(picture.transpose(1, 2, 0)).save(path)
 
 
-def main(runs):
+def main(asked):
+    runs = Path(asked[0])
     for name, words in STAGES:
         stage = importlib.import_module(name)
         stage.main(stage.parse_args([*shared_words(runs), *words]))
         ranks.wait()                         # as at the end of a torchrun: rank 0 has written everything
+    if "cut" not in asked:
+        return
+    if ranks.rank() == 0:
+        (runs / "tiny/heads/paper/boards.safetensors").write_bytes(b"cut")
+    ranks.wait()
+    stage = importlib.import_module("merge_eval")
+    stage.main(stage.parse_args([*shared_words(runs), *FULL, "--overwrite"]))
 
 
 if __name__ == "__main__":
-    run(main, lambda: sys.argv[1])
+    run(main, lambda: sys.argv[1:])
