@@ -23,7 +23,6 @@ SCRIPTS = [*SCHEMES, "pretrain_t5", "emergence", "probe", "finetune", "make_vect
 PRINTED = re.compile(r"^(?:#   |    )(?:torchrun --nproc-per-node \d+ |python )(\w+)\.py(.*)$", re.M)
 ELSEWHERE = {  # executed by other tests, on what they make
     "finetune vit_b16_clip_laion2b --recipe zeroshot": "test_text_heads.py",
-    "probe open_clip:ARCH/TAG": "test_encoders_and_hub.py",
     "probe vit_b16_dino": "test_encoders_and_hub.py, from a stand-in hub",
     "probe transformers:NAME --tasks cola,sst2": "test_encoders_and_hub.py, from a stand-in hub",
     "pretrain_t5 FOLDER --data DIR --tasks cola,sst2": "test_texts.py",

@@ -1,6 +1,7 @@
 """Encoders of texts against transformers' own forward pass, and texts through every stage."""
 import json
 import shutil
+from unittest import mock
 
 import common
 import datasets
@@ -373,6 +374,13 @@ def test_what_a_gap_left_out_is_what_is_said():
         assert sum(map(len, gaps.values())) == max(1, round(0.15 * n))
 
 
+def test_a_prompt_that_is_cut_keeps_its_end():
+    tokenizer = pretrain_t5.make_tokenizer(["good words are read here"] * 20)
+    tokenizer.enable_truncation(6)
+    tokens = tokenizer.encode("good words are read " * 9).ids
+    assert len(tokens) == 6 and tokens[-1] == 1 and 1 not in tokens[:-1]
+
+
 def test_a_t5_made_here_goes_through_zeroshot(data, tmp_path, monkeypatch):
     """A stopped training goes on to the same weights; what is written is a T5's checkpoint."""
     monkeypatch.setattr(pretrain_t5, "VOCABULARY", 150)
@@ -392,6 +400,10 @@ def test_a_t5_made_here_goes_through_zeroshot(data, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         perform("pretrain_t5", tmp_path / "stopped", *given)
     monkeypatch.setattr(pretrain_t5, "with_gaps", real)
+    with monkeypatch.context() as patch:                   # and behind its last step
+        patch.setattr(pretrain_t5, "write_json", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            perform("pretrain_t5", tmp_path / "stopped", *given)
     perform("pretrain_t5", tmp_path / "stopped", *given)
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
