@@ -39,7 +39,28 @@ def save(path, fig):
 
 
 def legend_below(fig, axes):
-    fig.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncol=2)
+    """A legend under the axes, the figure as much higher."""
+    handles, labels = axes.get_legend_handles_labels()
+    fig.set_figheight(fig.get_figheight() + 0.17 * -(-len(labels) // 2))
+    fig.legend(handles, labels, fontsize=8, loc="outside lower center", ncol=2)
+
+
+def looks(labels):
+    """{label "ENCODER, NAME": its color, linestyle and marker}.
+
+    A colour each; of more than there are, a colour for each encoder, a line and a marker for each name.
+    """
+    found = {label: {"color": f"C{index}", "linestyle": "-", "marker": "o"}
+             for index, label in enumerate(labels)}
+    if len(found) > 10:
+        encoders = list(dict.fromkeys(label.rpartition(", ")[0] for label in found))
+        names = list(dict.fromkeys(label.rpartition(", ")[2] for label in found))
+        for label, look in found.items():
+            encoder, _, name = label.rpartition(", ")
+            look["color"] = f"C{encoders.index(encoder) % 10}"
+            look["linestyle"] = ["-", "--", ":", "-."][names.index(name) % 4]
+            look["marker"] = "os^Dv*Px"[names.index(name) % 8]
+    return found
 
 
 # --------------------------------------------------------------------------------------- one stage
@@ -149,13 +170,14 @@ def scaling(path, subsets, title=None):
 
     subsets   {label: rows of scaling.json}
     """
-    fig, axes = figure(6.4, 4.4)
+    fig, axes = figure(6.4, 4.0)
+    look = looks(subsets)
     for label, rows in subsets.items():
         sizes = np.array([len(row["tasks"]) for row in rows])
         normalized = np.array([row["normalized"] for row in rows])
         means = [normalized[sizes == size].mean() for size in np.unique(sizes)]
-        line, = axes.plot(np.unique(sizes), means, label=label)
-        axes.plot(sizes, normalized, "o", alpha=0.4, markersize=4, color=line.get_color())
+        axes.plot(np.unique(sizes), means, label=label, markersize=4, **look[label])
+        axes.plot(sizes, normalized, "o", alpha=0.3, markersize=3, color=look[label]["color"])
     axes.set(xlabel="number of merged tasks", ylabel="normalized test accuracy", ylim=(0, None), title=title)
     legend_below(fig, axes)
     return save(path, fig)
@@ -163,13 +185,12 @@ def scaling(path, subsets, title=None):
 
 def curves(path, merges):
     """Normalized validation accuracy against lambda, {label: merge.json}, the chosen lambdas starred."""
-    fig, axes = figure(7.6, 4.4)
+    fig, axes = figure(7.6, 4.0)
+    look = looks(merges)
     for label, merge in merges.items():
-        style = "--" if merge["recipe"]["train_head"] else "-"
-        line, = axes.plot(merge["lambdas"], merge["val"]["normalized"], marker=".", linestyle=style,
-                          label=label)
+        axes.plot(merge["lambdas"], merge["val"]["normalized"], label=label, markersize=3, **look[label])
         axes.plot(merge["best_lambda"], max(merge["val"]["normalized"]), marker="*", markersize=12,
-                  color=line.get_color())
+                  color=look[label]["color"])
     axes.axvline(0, color="grey", linewidth=0.8)
     axes.set(xlabel="scaling coefficient lambda", ylabel="mean normalized validation accuracy",
              ylim=(0, 1.03))
@@ -179,7 +200,7 @@ def curves(path, merges):
 
 def diagonal(path, points, xlabel, ylabel):
     """{label: [(x, y)]}: a dot per task, both accuracies, with the diagonal."""
-    fig, axes = figure(5.4, 4.8)
+    fig, axes = figure(5.4, 4.6)
     for label, pairs in points.items():
         axes.plot(*zip(*pairs, strict=True), "o", alpha=0.6, label=label)
     axes.plot([0, 1], [0, 1], "--", color="grey", linewidth=0.8)
@@ -190,9 +211,11 @@ def diagonal(path, points, xlabel, ylabel):
 
 def similarity(path, points):
     """{label: [(cosine, normalized accuracy)]}: a dot per merged pair of tasks."""
-    fig, axes = figure(6.4, 4.4)
+    fig, axes = figure(6.4, 4.0)
+    look = looks(points)
     for label, pairs in points.items():
-        axes.plot(*zip(*pairs, strict=True), "o", alpha=0.6, label=f"{label}, {len(pairs)} pairs")
+        axes.plot(*zip(*pairs, strict=True), alpha=0.5, markersize=4, label=f"{label}, {len(pairs)} pairs",
+                  **look[label] | {"linestyle": "none"})
     axes.set(xlabel="cosine of the two task vectors", ylabel="normalized test accuracy of the merged pair")
     legend_below(fig, axes)
     return save(path, fig)
