@@ -3,7 +3,7 @@
 #
 #   bash run_all.sh                             # tiny: offline, generated images, minutes on two CPU cores
 #   bash run_all.sh tiny-mae                    # the same encoder pre-trained otherwise; tiny-dino, tiny-clip
-#   bash run_all.sh tiny-paper                  # the paper's eight in small, --everything: 3.6 hours of a core
+#   bash run_all.sh tiny-paper                  # the paper's eight in small, --everything: hours
 #   bash run_all.sh vit_b16_dino                # the paper's eight tasks at 224 pixels (a GPU is advisable)
 #   bash run_all.sh vit_b16_dino --everything   # also full (of CLIP zeroshot too), and subsets of the tasks
 #   bash run_all.sh vit_b16_dino --attention    # also attention*, linearized, the tests of arXiv:2407.07089
