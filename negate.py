@@ -26,7 +26,6 @@ Writes  runs/ENCODER/NAME/negation.json, negation.png
 Source  arXiv:2212.04089 section 3, with its random vector and its floor of 95 %; fitting heads again and
         neighbours are this study's
 """
-import hashlib
 import time
 
 import numpy as np
@@ -38,10 +37,10 @@ from common import cached_features, count_hits, mean, predict
 from lib import flags, plots
 from lib.files import Refused
 from lib.study import open_study, run
-from lib.vectors import head_file, load_vector
+from lib.vectors import generator_of, head_file, load_vector
 from merge_eval import paired_difference
 from probe import fit_head
-from refit import few, with_train
+from refit import features_at, few, with_train
 
 WAYS = ("frozen", "all", "few", "neighbours")
 REACH = {"own": 1, "random": 10, "other": 1}               # times lambda; a random vector is felt later
@@ -126,16 +125,15 @@ def main(args):
             control = [mean_of(of_lambda, controlled) for of_lambda in curve]
             allowed = [k for k in range(len(lambdas)) if control[k] >= args.floor * control[0]]
             best = min(allowed, key=lambda k: curve[k][target])            # of equals the smallest lambda
-            found = cached_features(study.folder, task, evaluator)
+            picked, after[label] = settings[:1], before
             if best > 0:
-                found = features_at(evaluator, task, settings[best])
-            after[label] = judged(found, head, task, args)
-            tested = accuracies(evaluator, tasks, heads, controlled, "test", [settings[0], settings[best]],
-                                at_zero)
+                picked = [settings[0], settings[best]]
+                found = features_at(evaluator, task, settings[best], list(task.splits))
+                after[label] = judged(found, head, task, args)
+            tested = accuracies(evaluator, tasks, heads, controlled, "test", picked, at_zero)
             row["subtracted"][label] = {
                 "best": best, "lambda": grid[best], "test": rates(after[label], task),
-                "control": {at: mean(of_lambda.values())
-                            for at, of_lambda in zip(("lambda0", "picked"), tested, strict=True)},
+                "control": {"lambda0": mean(tested[0].values()), "picked": mean(tested[-1].values())},
                 "val": {"target": [of_lambda[target] for of_lambda in curve], "control": control},
                 "change": differences(task, after[label], before)}
         row["own_minus_random"] = differences(task, after["own"], after["random"])
@@ -158,6 +156,9 @@ def main(args):
               f"fitted again {row['lambda0']['all']:.4f} to {row['test']['all']:.4f}, control "
               f"{row['control']['lambda0']:.4f} to {row['control']['picked']:.4f} "
               f"over {row['targets']} tasks")
+    for way, difference in result.values["means"]["own"]["minus_random"].items():
+        print(f"negate own minus random, {way}: {difference['mean']:+.4f} "
+              f"+- {difference['standard_error']:.4f}")
 
 
 def control_sources(args, study):
@@ -175,9 +176,7 @@ def random_like(vector, words):
     """A random {name: tensor} of a vector's norm in each tensor; the words are its seed."""
     drawn = {}
     for name, tensor in vector.items():
-        digest = hashlib.sha256(f"{words} {name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
-        noise = torch.randn(tensor.shape, generator=generator)
+        noise = torch.randn(tensor.shape, generator=generator_of(f"{words} {name}"))
         drawn[name] = noise * (tensor.norm() / noise.norm().clamp_min(1e-30))
     return drawn
 
@@ -195,12 +194,6 @@ def accuracies(evaluator, tasks, heads, names, split, settings, at_zero):
             found.append({name: hits / len(part)
                           for name, hits, part in zip(names, counts, splits, strict=True)})
     return found
-
-
-def features_at(evaluator, task, setting):
-    """{split: (N, D)} of a task under one weight setting."""
-    found = evaluator.features(list(task.splits.values()), [setting])
-    return {split: rows[0] for split, rows in zip(task.splits, found, strict=True)}
 
 
 def judged(features, head, task, args):

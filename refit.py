@@ -69,7 +69,7 @@ def main(args):
     teachers = {}
     for name, task in tasks.items():
         evaluator.use_vectors([load_vector(study.source, name, study.encoder)])
-        teachers[name] = features_at(evaluator, task, 1.0, ["train", "val"])
+        teachers[name] = features_at(evaluator, task, (1.0,), ["train", "val"])
 
     def fitted(way, name, features):
         """A task's Head on features {"train", "val"} of the merged encoder."""
@@ -145,9 +145,9 @@ def main(args):
 # --------------------------------------------------------------------------------------- features
 
 
-def features_at(evaluator, task, lam, splits):
-    """{split: (N, D)} under lambda times the vector that the evaluator has."""
-    found = evaluator.features([task.splits[split] for split in splits], [(lam,)])
+def features_at(evaluator, task, setting, splits):
+    """{split: (N, D)} of a task under one weight setting of the evaluator's vectors."""
+    found = evaluator.features([task.splits[split] for split in splits], [setting])
     return {split: rows[0] for split, rows in zip(splits, found, strict=True)}
 
 
@@ -155,7 +155,7 @@ def merged_features(study, evaluator, task, lam, splits):
     """{split: (N, D)} of the merged encoder; at 0 those that probe.py has kept."""
     if lam == 0:
         return cached_features(study.folder, task, evaluator)
-    return features_at(evaluator, task, lam, splits)
+    return features_at(evaluator, task, (lam,), splits)
 
 
 # --------------------------------------------------------------------------------------- heads

@@ -10,13 +10,12 @@ Shapes: T tasks, m x n a matrix.
 Source  with each rule; the shares that are kept are those of its authors' code
 """
 import contextlib
-import hashlib
 from typing import NamedTuple
 
 import torch
 
 from lib.files import opened
-from lib.vectors import load_vector, vector_file
+from lib.vectors import generator_of, load_vector, vector_file
 
 KEPT = 0.2          # of a vector's entries by TIES, the largest
 DROPPED = 0.9       # share that DARE drops
@@ -86,8 +85,7 @@ def dare(tensors, context):
     """Drop DROPPED of each at random, scale up what stays, add up: arXiv:2311.03099."""
     stay = []
     for tensor, task in zip(tensors, context.tasks, strict=True):
-        words = f"{context.seed} {task} {context.name}".encode()
-        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(words).digest()[:7]))
+        generator = generator_of(f"{context.seed} {task} {context.name}")
         mask = torch.rand(tensor.shape, generator=generator) >= DROPPED
         stay.append(tensor * mask.to(tensor.device) / (1 - DROPPED))
     return total(stay, context)

@@ -4,6 +4,10 @@ Task vectors: tau_t = theta_t - theta_pre, on disk and in sums.
     runs/ENCODER/NAME/finetuned/TASK.safetensors    theta_t, the parameters that were trained
     runs/ENCODER/NAME/vectors/TASK.safetensors      tau_t, with the recipe and the fingerprints it was made of
 """
+import hashlib
+
+import torch
+
 from lib.files import Refused, check_metadata, file_metadata, load_tensors, read_json, save_tensors
 
 KEPT = ("theta_pre", "recipe", "task", "data", "head")     # of theta_t's metadata in its vector's
@@ -27,6 +31,11 @@ def task_vector(theta_pre, theta_t):
 def norm(tensors):
     """Euclidean norm of a dict of tensors taken as one vector."""
     return sum(tensor.double().square().sum() for tensor in tensors.values()).sqrt().item()
+
+
+def generator_of(words):
+    """A generator on the CPU whose seed is made of some words: the same whatever is drawn before."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(words.encode()).digest()[:7]))
 
 
 def save_vector(folder, tau_t, finetuned):

@@ -42,17 +42,15 @@ def test_killed_anywhere_or_on_two_processes_the_files_are_those_of_one_undistur
     said = finished.stdout + finished.stderr
     cut = folder / "two/tiny/heads/paper/boards.safetensors"
     assert finished.returncode != 0 and f"{cut} cannot be read" in finished.stderr, said
-    cut.unlink()
+    (folder / "two/whole").rename(cut)
     for one in sorted((folder / "clean/tiny").rglob("*")):
         two = folder / "two" / one.relative_to(folder / "clean")
-        if two == cut:
-            continue
         if one.suffix == ".json":
             assert numbers(one) == numbers(two), one.name
         elif one.suffix in (".safetensors", ".npz"):
             assert one.read_bytes() == two.read_bytes(), one.name
         compared += one.suffix in (".json", ".safetensors", ".npz")
-    assert compared >= 20
+    assert compared > 20
     search = json.loads((folder / "two/tiny/full/finetune.json").read_text())["search"]["val"]
     assert len(set(search.values())) > 1                   # else nothing was learnt and nothing compared
     assert json.loads((folder / "two/tiny/full/merge.json").read_text())["machine"]["processes"] == 2

@@ -49,8 +49,10 @@ def main(asked):
         ranks.wait()                         # as at the end of a torchrun: rank 0 has written everything
     if "cut" not in asked:
         return
+    head = runs / "tiny/heads/paper/boards.safetensors"
     if ranks.rank() == 0:
-        (runs / "tiny/heads/paper/boards.safetensors").write_bytes(b"cut")
+        head.rename(runs / "whole")
+        head.write_bytes(b"cut")
     ranks.wait()
     stage = importlib.import_module("merge_eval")
     stage.main(stage.parse_args([*shared_words(runs), *FULL, "--overwrite"]))
