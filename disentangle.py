@@ -4,6 +4,7 @@ Weight disentanglement: how often adding another task's vector changes a task's 
     python disentangle.py tiny                                        # the first two tasks
     python disentangle.py tiny --pairs all --points 7 --samples 256
     python disentangle.py tiny --metric both --points 15 --limit 2    # predictions and features from one pass
+    python disentangle.py tiny --rule tsv-m                           # results in aligned-tsv-m
     python disentangle.py vit_b16_dino --pairs cars-dtd,mnist-svhn
     python disentangle.py vit_b16_dino --dtype fp32                   # on a GPU not in TF32
 
@@ -12,6 +13,8 @@ Reads   runs/ENCODER/pretrained.safetensors, heads/ (probe.py), NAME/finetune.js
 Writes  runs/ENCODER/NAME/disentangle/A-B.npz and .png (A+B where a task's name has a hyphen),
         disentangle.json; of the metric representation representation/ and representation.json; while it
         works state/disentangle-A-B.json with the finished rows, from which it goes on
+Rules   tau_t is then what a rule makes of it beside the other of its pair; those on the spectrum of the sum
+        (iso-c, iso-cts) leave nothing that is one task's
 Source  arXiv:2511.14569 section 4.1 and Figure 1: xi is the sum of both tasks' terms, in [0, 2]; of
         representations arXiv:2407.07089 section 4: the mean over images of
         KL(softmax f(x; theta_pre + lambda_t tau_t) || softmax f(x; both)), summed over both tasks
@@ -25,10 +28,9 @@ import torch
 import torch.nn.functional as F
 
 from common import predict, sample
-from lib import flags, plots
+from lib import flags, merging, plots
 from lib.files import Refused, save_arrays
 from lib.study import open_study, run
-from lib.vectors import load_vector
 
 DEFAULTS = {"points": 25, "limit": 3.0, "samples": 2048}    # an encoder's own settings come before these
 
@@ -38,6 +40,7 @@ def parse_args(argv=None):
     parser.set_defaults(dtype="fine")        # bf16 alone flips more predictions than fine maps show
     flags.add_name(parser)
     add = parser.add_argument
+    flags.add_rule(parser, [name for name, rule in merging.RULES.items() if rule.apart])
     add("--pairs", default="first", help="A-B,C-D,... or all, or first: the first two tasks (default first)")
     add("--points", type=flags.positive,
         help="values of each lambda; odd, so that 0 is one (default 25; tiny 13)")
@@ -45,7 +48,7 @@ def parse_args(argv=None):
     add("--samples", type=flags.positive, help="random test images per task (default 2048; tiny 128)")
     add("--metric", choices=[*METRICS, "both"], default="prediction",
         help="what is compared: predicted classes, features, or both in one pass (default prediction)")
-    return parser.parse_args(argv)
+    return flags.beside_the_sum(parser.parse_args(argv))
 
 
 # --------------------------------------------------------------------------------------- the metrics
@@ -95,7 +98,7 @@ METRICS = {
 def main(args):
     # ---------------------------------------------------- open
     study = open_study(args, __file__, "finetune.json")
-    settings = study.settings("disentangle", args, DEFAULTS)
+    settings = study.settings("disentangle", args, DEFAULTS) | {"rule": args.rule}
     lambdas, pairs = grid_of(settings), choose_pairs(args.pairs, list(study.sources))
     metrics = list(METRICS) if args.metric == "both" else [args.metric]
     results = {metric: open_result(study, metric, settings, pairs) for metric in metrics}
@@ -107,7 +110,6 @@ def main(args):
     # ---------------------------------------------------- random test images, the same in every pair
     used = sorted(set(itertools.chain(*pairs.values())))
     tasks = {name: study.load_task(name) for name in used}
-    vectors = {name: load_vector(study.source, name, study.encoder) for name in used}
     heads = {name: study.load_head(tasks[name]) for name in used}
     images = {name: sample(tasks[name].splits["test"], settings["samples"], args.seed) for name in used}
     cells = len(lambdas) ** 2 * sum(len(images[name]) for pair in todo for name in pairs[pair])
@@ -119,7 +121,8 @@ def main(args):
     for pair in todo:
         start, (a, b) = time.perf_counter(), pairs[pair]
         lacking = [metric for metric, result in results.items() if pair in result.todo]
-        evaluator.use_vectors([vectors[a], vectors[b]])
+        parts = merging.parts(args.rule, study.source, [a, b], study.encoder, study.seed, study.device)
+        evaluator.use_vectors(parts)
         keeper = results[lacking[0]]                        # of the rows that are finished
         state = keeper.state(pair)
         if list(state.get("xi", ())) != lacking:

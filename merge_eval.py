@@ -30,16 +30,12 @@ def parse_args(argv=None):
     parser = flags.stage_parser(__doc__)
     flags.add_name(parser)
     add = parser.add_argument
-    add("--rule", choices=list(merging.RULES), default="sum",
-        help="how the vectors become one (default sum); others read NAME and write NAME-RULE")
+    flags.add_rule(parser, merging.RULES)
     add("--lambda-max", type=flags.positive_float,
         help="largest lambda of the grid (default 1, of rules that average 2)")
     add("--lambdas", type=flags.positive, default=21,
         help="values of lambda from 0 to the largest (default 21)")
-    args = parser.parse_args(argv)
-    if args.rule != "sum" and not args.of:                 # its results stand beside the sum's
-        args.of, args.name = args.name, f"{args.name}-{args.rule}"
-    return args
+    return flags.beside_the_sum(parser.parse_args(argv))
 
 
 def main(args):

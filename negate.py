@@ -74,6 +74,7 @@ def main(args):
     for name in names:
         controls[name] = list(asked) or [other for other in names if other != name]
     followed = dict(zip(names, names[1:] + names[:1], strict=True))        # {target: the next task}
+    preceding = {after: before for before, after in followed.items()}
     fingerprints, made_of = study.vectors(), {}
     for name in names:
         pair = [name, followed[name]]
@@ -94,7 +95,7 @@ def main(args):
         tasks[name] = common.load_task(name, source, study.encoder, study.runs, study.seed)
         path, made_by = head_file(study.source, recipe, name, study.encoder.name)
         heads[name] = common.load_head(path, made_by, tasks[name], study.encoder, study.device)
-    images = sum(len(task.splits["val"]) for task in tasks.values()) * 3 * len(lambdas) * len(result.todo)
+    images = sum(len(task.splits["val"]) for task in tasks.values()) * 2 * len(lambdas) * len(result.todo)
     evaluator, at_zero = study.evaluator(images, recipe["linear"]), {}
     for name, task in tasks.items():
         features = cached_features(study.folder, task, evaluator)
@@ -102,6 +103,7 @@ def main(args):
             at_zero[name, split] = count_hits(features[split], heads[name], task.splits[split])
 
     # ---------------------------------------------------- a target at a time
+    curves = {}              # {(task, random): accuracies}: `other` of one target is `own` of the next
     for target in result.todo:
         start, task, head = time.perf_counter(), tasks[target], heads[target]
         vectors = {"own": load_vector(study.source, target, study.encoder)}
@@ -120,8 +122,12 @@ def main(args):
             grid = [REACH[label] * lam for lam in lambdas]
             direction = np.eye(len(vectors))[place]
             settings = [tuple((-lam * direction).tolist()) for lam in grid]
-            seen = [target, *controlled]
-            curve = accuracies(evaluator, tasks, heads, seen, "val", settings, at_zero)
+            whose = followed[target] if label == "other" else target
+            if (whose, label == "random") not in curves:
+                seen = list(dict.fromkeys([whose, preceding[whose], *controls[whose]]))
+                found = accuracies(evaluator, tasks, heads, seen, "val", settings, at_zero)
+                curves[whose, label == "random"] = found
+            curve = curves[whose, label == "random"]
             control = [mean_of(of_lambda, controlled) for of_lambda in curve]
             allowed = [k for k in range(len(lambdas)) if control[k] >= args.floor * control[0]]
             best = min(allowed, key=lambda k: curve[k][target])            # of equals the smallest lambda

@@ -89,14 +89,16 @@ def main(args):
     # ---------------------------------------------------- validation: every lambda
     evaluator.use_vectors([merging.merge("sum", study.source, names, study.encoder, device=study.device)])
     state = result.state() or {"rates": [], "seconds": 0.0}            # {way: {task: rate}} of each lambda
-    for lam in lambdas[len(state["rates"]):]:
-        start, rates = time.perf_counter(), {way: {} for way in WAYS}
+    fits = {}                                              # heads; of a run that goes on its own
+    for k in range(len(state["rates"]), len(lambdas)):
+        start, lam, rates = time.perf_counter(), lambdas[k], {way: {} for way in WAYS}
         for name, task in tasks.items():
             features = merged_features(study, evaluator, task, lam, ["train", "val"])
             without = labelled_by(teachers[name], heads[name], task)
             for way in WAYS:
                 judged = without if way in ("unlabelled", "rotated") else task
-                hits = count_hits(features["val"], fitted(way, name, features), judged.splits["val"])
+                fits[way, k, name] = fitted(way, name, features)
+                hits = count_hits(features["val"], fits[way, k, name], judged.splits["val"])
                 rates[way][name] = hits / len(features["val"])
         state["rates"].append(rates)
         state["seconds"] += time.perf_counter() - start
@@ -115,12 +117,14 @@ def main(args):
     # ---------------------------------------------------- test: at 0 and at each pick
     predicted = {}
     for k in sorted({0, *best.values()}):
+        wanted = [way for way in WAYS if k in (0, best[way])]
         for name, task in tasks.items():
-            features = merged_features(study, evaluator, task, lambdas[k], list(task.splits))
-            for way in WAYS:
-                if k in (0, best[way]):
-                    head = fitted(way, name, features)
-                    predicted.setdefault((way, k), []).append(predict(features["test"], head))
+            there = (WAYS[0], k, name) in fits
+            splits = ["test"] if there else list(task.splits)
+            features = merged_features(study, evaluator, task, lambdas[k], splits)
+            for way in wanted:
+                head = fits[way, k, name] if there else fitted(way, name, features)
+                predicted.setdefault((way, k), []).append(predict(features["test"], head))
     ways = {}
     for way in WAYS:
         at_zero, at_best = predicted[way, 0], predicted[way, best[way]]

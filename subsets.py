@@ -3,6 +3,7 @@ Addition against the number of tasks: a lambda search and a test for every chose
 
     python subsets.py tiny                    # 1, 2, ... tasks: all pairs, five subsets of each larger size
     python subsets.py tiny --lambdas 11 --images-per-task 40
+    python subsets.py tiny --rule ties                   # from two tasks on; results in aligned-ties
     python subsets.py vit_b16_dino --per-size 10 --images-per-task 500
 
 Reads   runs/ENCODER/pretrained.safetensors, heads/ (probe.py), NAME/finetune.json,
@@ -16,7 +17,7 @@ import time
 import numpy as np
 
 from common import mean, normalized_accuracy, sample
-from lib import flags, plots
+from lib import flags, merging, plots
 from lib.files import Refused
 from lib.study import open_study, run
 from lib.vectors import load_vector
@@ -30,22 +31,29 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--per-size", type=flags.positive, default=5,
         help="subsets of each size above two, at most (default 5)")
-    add("--lambda-max", type=flags.positive_float, default=1.0, help="largest lambda of the grid (default 1)")
+    flags.add_rule(parser, merging.RULES)
+    add("--lambda-max", type=flags.positive_float,
+        help="largest lambda of the grid (default 1, of rules that average 2)")
     add("--lambdas", type=flags.positive, default=21,
         help="values of lambda from 0 to the largest (default 21)")
     add("--images-per-task", type=flags.positive,
         help="random validation and test images per task at most (default all; tiny 60)")
-    return parser.parse_args(argv)
+    return flags.beside_the_sum(parser.parse_args(argv))
 
 
 def main(args):
     # ---------------------------------------------------- open
     study = open_study(args, __file__, "finetune.json")
     names, settings = list(study.sources), study.settings("subsets", args, DEFAULTS)
-    lambdas = flags.even_grid("--lambda-max", 0, args.lambda_max, args.lambdas).tolist()
-    chosen = {"+".join(subset): subset for subset in choose_subsets(names, args.per_size, args.seed)}
+    lambda_max = args.lambda_max or merging.RULES[args.rule].largest
+    lambdas = flags.even_grid("--lambda-max", 0, lambda_max, args.lambdas).tolist()
+    chosen = {}
+    for subset in choose_subsets(names, args.per_size, args.seed):
+        if args.rule == "sum" or len(subset) > 1:          # a rule is one for several
+            chosen["+".join(subset)] = subset
     picture = study.here / "scaling.png"
-    result = open_result(study, chosen, picture, settings | {"per_size": args.per_size, "lambdas": lambdas})
+    settings |= {"rule": args.rule, "per_size": args.per_size, "lambdas": lambdas}
+    result = open_result(study, chosen, picture, settings)
     if not result.todo:
         return
 
@@ -77,16 +85,20 @@ def main(args):
         start, subset = time.perf_counter(), chosen[key]
         alone = {"val": {name: single[name, "val"] for name in subset},
                  "test": {name: single[name, "test"] for name in subset}}
-        member = np.array([float(name in subset) for name in names])
+        direction = np.array([float(name in subset) for name in names])
+        if args.rule != "sum":
+            merged = merging.merge(args.rule, study.source, subset, study.encoder, study.seed, study.device)
+            evaluator.use_vectors([merged])
+            direction = np.ones(1)
         accuracies = [{name: at_zero[name, "val"] for name in subset}]    # one dict for each lambda
         accuracies += accuracies_at(evaluator, splits, heads, subset, "val",
-                                    [tuple(lam * member) for lam in lambdas[1:]])
+                                    [tuple(lam * direction) for lam in lambdas[1:]])
         curve = [normalized_accuracy(accuracy, alone["val"]) for accuracy in accuracies]
         best = int(np.argmax(curve))
         tested = {name: at_zero[name, "test"] for name in subset}
         if best > 0:
             [tested] = accuracies_at(evaluator, splits, heads, subset, "test",
-                                     [tuple(lambdas[best] * member)])
+                                     [tuple(lambdas[best] * direction)])
         with result.saving(key):
             result.rows[key] = {"tasks": list(subset), "best_lambda": lambdas[best],
                                 "absolute": mean(tested.values()),
@@ -98,7 +110,7 @@ def main(args):
                 plots.scaling(picture, {study.name: list(result.rows.values())}, f"{args.encoder}")
 
     # ---------------------------------------------------- say
-    for size in range(1, len(names) + 1):
+    for size in sorted({len(row["tasks"]) for row in result.rows.values()}):
         of_size = [row["normalized"] for row in result.rows.values() if len(row["tasks"]) == size]
         print(f"subsets: {size} tasks: mean normalized accuracy {mean(of_size):.4f} "
               f"over {len(of_size)} subsets")

@@ -56,6 +56,19 @@ def add_name(parser):
                              "--name (default: the same)")
 
 
+def add_rule(parser, rules):
+    """--rule, for stages that merge vectors; beside_the_sum goes with it."""
+    parser.add_argument("--rule", choices=list(rules), default="sum",
+                        help="how vectors become one (default sum); others read NAME and write NAME-RULE")
+
+
+def beside_the_sum(args):
+    """Flags under which a rule's results stand beside the sum's, in a folder of their own."""
+    if args.rule != "sum" and not args.of:
+        args.of, args.name = args.name, f"{args.name}-{args.rule}"
+    return args
+
+
 def flag_parser(docstring):
     """An argparse parser whose --help is the docstring and whose errors are one line."""
     parser = argparse.ArgumentParser(description=docstring,

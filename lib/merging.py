@@ -2,10 +2,12 @@
 Merging rules: the vectors of several tasks become one, which lambda then scales.
 
     merged = merging.merge("ties", folder, ["cars", "dtd"], encoder)     # {name: tensor}
+    parts = merging.parts("ties", folder, ["cars", "dtd"], encoder)      # [{name: tensor}], which add up to it
 
-A rule gets the tensors of one name, one of each task: besides the result T times the largest tensor are in
-memory, and before that a vector at a time, whole, for its checksum. Rules on spectra treat matrices; what is
-no matrix they average, as their authors do.
+A rule gets the tensors of one name, one of each task, and gives what adds up to the merged one: a part of
+each task where the rule keeps them apart, which heat maps need. In memory are the result and a few times T
+times the largest tensor, and before that a vector at a time, whole, for its checksum. Rules on spectra treat
+matrices; what is no matrix they average, as their authors do.
 Shapes: T tasks, m x n a matrix.
 Source  with each rule; the shares that are kept are those of its authors' code
 """
@@ -32,17 +34,30 @@ class Context(NamedTuple):
 
 def merge(rule, folder, tasks, encoder, seed=0, device="cpu"):
     """{name: tensor} on the CPU: the vectors of some tasks in a variant's folder, merged by one of RULES."""
+    return {name: total(found).cpu() for name, found in by_name(rule, folder, tasks, encoder, seed, device)}
+
+
+def parts(rule, folder, tasks, encoder, seed=0, device="cpu"):
+    """[{name: tensor}] on the CPU, one of each task, that add up to merge(); of a rule that is `apart`."""
+    of_tasks = [{} for _ in tasks]
+    for name, found in by_name(rule, folder, tasks, encoder, seed, device):
+        for part, tensor in zip(of_tasks, found, strict=True):
+            part[name] = tensor.cpu()
+    return of_tasks
+
+
+def by_name(rule, folder, tasks, encoder, seed, device):
+    """Yield (name, what a rule makes of the tasks' tensors of that name)."""
     bounds = []
     for task in tasks:                                     # whole once: its checksum, and what TIES keeps
         vector = load_vector(folder, task, encoder)
         bounds.append(bound(vector) if rule == "ties" else None)
-    merged, function = {}, RULES[rule].merged
+    del vector
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(opened(*vector_file(folder, task, encoder))) for task in tasks]
         for name in files[0].keys():
             tensors = [file.get_tensor(name).to(device) for file in files]
-            merged[name] = function(tensors, Context(name, tasks, bounds, seed)).cpu()
-    return merged
+            yield name, RULES[rule].function(tensors, Context(name, tasks, bounds, seed))
 
 
 def bound(vector):
@@ -54,16 +69,14 @@ def bound(vector):
 # --------------------------------------------------------------------------------------- the rules
 
 
-def total(tensors, context):
-    """Their sum: task addition, arXiv:2212.04089."""
-    merged = tensors[0].clone()
-    for tensor in tensors[1:]:
-        merged += tensor
-    return merged
+def as_they_are(tensors, context):
+    """Whose sum is task addition: arXiv:2212.04089."""
+    return tensors
 
 
-def average(tensors, context):
-    return torch.stack(tensors).mean(0)
+def shares(tensors, context):
+    """Whose sum is the mean."""
+    return [tensor / len(tensors) for tensor in tensors]
 
 
 def ties(tensors, context):
@@ -78,7 +91,7 @@ def ties(tensors, context):
     kept = torch.stack(kept)                                               # (T, ...)
     agreeing = kept.sign() == kept.sum(0).sign()
     agreeing &= kept != 0
-    return (kept * agreeing).sum(0) / agreeing.sum(0).clamp_min(1)
+    return list(kept * agreeing / agreeing.sum(0).clamp_min(1))
 
 
 def dare(tensors, context):
@@ -88,39 +101,48 @@ def dare(tensors, context):
         generator = generator_of(f"{context.seed} {task} {context.name}")
         mask = torch.rand(tensor.shape, generator=generator) >= DROPPED
         stay.append(tensor * mask.to(tensor.device) / (1 - DROPPED))
-    return total(stay, context)
+    return stay
 
 
 def tsv_m(tensors, context):
     """The leading 1/T of each matrix's singular vectors, made orthogonal across tasks: arXiv:2412.00081."""
     if tensors[0].ndim != 2:
-        return average(tensors, context)
+        return shares(tensors, context)
     rank = max(1, min(tensors[0].shape) // len(tensors))
-    left, values, right = zip(*(leading(tensor, rank) for tensor in tensors), strict=True)
-    return orthogonal(torch.cat(left, 1)) @ torch.diag(torch.cat(values)) @ orthogonal(torch.cat(right, 1)).T
+    lefts, values, rights = zip(*(leading(tensor, rank) for tensor in tensors), strict=True)
+    lefts, rights = (orthogonal(torch.cat(each, 1)).split(rank, 1) for each in (lefts, rights))
+    return [left * value @ right.T for left, value, right in zip(lefts, values, rights, strict=True)]
 
 
 def iso_c(tensors, context):
     """The sum with all its singular values replaced by their mean: arXiv:2502.04959."""
     if tensors[0].ndim != 2:
-        return average(tensors, context)
-    left, values, right = torch.linalg.svd(total(tensors, context), full_matrices=False)
-    return values.mean() * left @ right
+        return shares(tensors, context)
+    left, values, right = torch.linalg.svd(total(tensors), full_matrices=False)
+    return [values.mean() * left @ right]
 
 
 def iso_cts(tensors, context):
     """Iso-C on COMMON of the sum's singular vectors and on what each task has besides: arXiv:2502.04959."""
     if tensors[0].ndim != 2:
-        return average(tensors, context)
+        return shares(tensors, context)
     rank = min(tensors[0].shape)
     own = round((rank - int(rank * COMMON)) / len(tensors))                # singular vectors of each task
-    left, values, right = leading(total(tensors, context), rank - own * len(tensors))
+    left, values, right = leading(total(tensors), rank - own * len(tensors))
     lefts, all_values, rights = [left], [values], [right]
     for tensor in tensors:
         rest = tensor - left @ (left.T @ tensor)
         for found, part in zip((lefts, all_values, rights), leading(rest, own), strict=True):
             found.append(part)
-    return torch.cat(all_values).mean() * orthogonal(torch.cat(lefts, 1)) @ orthogonal(torch.cat(rights, 1)).T
+    flat = torch.cat(all_values).mean()
+    return [flat * orthogonal(torch.cat(lefts, 1)) @ orthogonal(torch.cat(rights, 1)).T]
+
+
+def total(tensors):
+    added = tensors[0].clone()
+    for tensor in tensors[1:]:
+        added += tensor
+    return added
 
 
 def leading(matrix, rank):
@@ -140,12 +162,13 @@ def orthogonal(columns):
 
 
 class Rule(NamedTuple):
-    merged: object      # function: [T tensors of one name], Context -> tensor
-    largest: float      # lambda of the grid
+    function: object        # [T tensors of one name], Context -> [tensors], which add up to the merged one
+    largest: float          # lambda of the grid
+    apart: bool = True      # whether they are one of each task
 
 
 RULES = {
-    "sum": Rule(total, 1.0), "mean": Rule(average, 2.0), "ties": Rule(ties, 2.0), "dare": Rule(dare, 1.0),
-    "tsv-m": Rule(tsv_m, 2.0), "iso-c": Rule(iso_c, 2.0), "iso-cts": Rule(iso_cts, 2.0),
+    "sum": Rule(as_they_are, 1.0), "mean": Rule(shares, 2.0), "ties": Rule(ties, 2.0),
+    "dare": Rule(dare, 1.0), "tsv-m": Rule(tsv_m, 2.0), "iso-c": Rule(iso_c, 2.0, apart=False),
+    "iso-cts": Rule(iso_cts, 2.0, apart=False),
 }
-

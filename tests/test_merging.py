@@ -1,6 +1,8 @@
 """Merging rules against small implementations of their own in numpy, their laws, and the stage."""
 import json
+import shutil
 
+import disentangle
 import numpy as np
 import pytest
 import torch
@@ -29,7 +31,9 @@ def merged(rule, vectors, tasks=None, seed=0):
     bounds, out = [merging.bound(vector) for vector in vectors], {}
     for name in vectors[0]:
         context = merging.Context(name, tasks, bounds, seed)
-        out[name] = RULES[rule].merged([vector[name] for vector in vectors], context)
+        found = RULES[rule].function([vector[name] for vector in vectors], context)
+        assert len(found) == (len(vectors) if RULES[rule].apart or vectors[0][name].ndim != 2 else 1)
+        out[name] = merging.total(found)
     return out
 
 
@@ -172,9 +176,19 @@ def test_a_vector_of_zeros_is_harmless(rule):
         for name, tensor in merged(rule, vectors).items():
             torch.testing.assert_close(with_it[name], tensor)
     if rule == "tsv-m":                                    # its directions, which are any, push nobody away
-        alone = RULES[rule].merged([vectors[0]["f"]] + [zero["f"]] * 2, None)
+        alone, *nothing = RULES[rule].function([vectors[0]["f"]] + [zero["f"]] * 2, None)
         leading, values, right = merging.leading(vectors[0]["f"], 2)
         torch.testing.assert_close(alone, leading * values @ right.T)
+        assert all(torch.equal(part, zero["f"]) for part in nothing)
+
+
+@pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if rule.apart])
+def test_a_task_that_did_not_move_has_no_part(rule):
+    vectors = random_vectors(3)
+    vectors[1] = {name: torch.zeros_like(tensor) for name, tensor in vectors[1].items()}
+    context = merging.Context("a", ["one", "two", "three"], [merging.bound(vector) for vector in vectors], 0)
+    parts = RULES[rule].function([vector["a"] for vector in vectors], context)
+    assert [bool(part.any()) for part in parts] == [True, False, True]
 
 
 # --------------------------------------------------------------------------------------- the stage
@@ -197,3 +211,23 @@ def test_rules_stand_beside_the_sum(copy, monkeypatch):
     assert "## Merging rules" in report and "| tiny | aligned | iso-cts | aligned-iso-cts |" in report
     one = [*shared[:-1], TASKS[0], "--rule", "ties"]
     assert "rule ties merges two tasks or more" in refuse("merge_eval", *one)
+
+
+def test_heat_maps_and_subsets_of_the_mean_are_the_sums_at_half_of_lambda(both, tmp_path):
+    """Of two tasks; and rules that mix tasks' spectra have no heat map."""
+    copy = shutil.copytree(both, tmp_path / "runs")
+    shared = ["tiny", "--runs", copy, "--rule", "mean"]
+    perform("disentangle", *shared, "--points", "5", "--samples", "100", "--limit", "6")
+    assert json.loads((copy / "tiny/aligned-mean/disentangle.json").read_text())["config"]["rule"] == "mean"
+    ours, theirs = (np.load(copy / f"tiny/{name}/disentangle/glyphs-signs.npz")["xi"]
+                    for name in ("aligned-mean", "aligned"))
+    assert theirs.max() > 0.1 and np.array_equal(ours, theirs)
+    perform("subsets", *shared, "--lambdas", "3", "--per-size", "1", "--images-per-task", "40")
+    ours, theirs = (json.loads((copy / f"tiny/{name}/scaling.json").read_text())["subsets"]
+                    for name in ("aligned-mean", "aligned"))
+    assert list(ours) == [key for key in theirs if "+" in key]         # from two tasks on
+    for key in list(ours)[:3]:
+        assert ours[key]["best_lambda"] == 2 * theirs[key]["best_lambda"]
+        assert ours[key]["normalized"] == theirs[key]["normalized"]
+    with pytest.raises(SystemExit):
+        disentangle.parse_args(["tiny", "--rule", "iso-c"])
