@@ -4,6 +4,7 @@ What the hardware can do, and what the evaluator, a fine-tuning step, a merge an
     python bench.py                              # ViT-Ti/16 at 128 pixels, about ten minutes on two CPU cores
     python bench.py --quick                      # the same parts in a minute or two, noisier
     python bench.py --quick --study runs/tiny    # also the seconds of each stage of a finished study
+    python bench.py timm:vit_base_patch16_224 --quick --image-size 64    # the merging rules at that size
     python bench.py timm:vit_base_patch16_224 --image-size 224 --images 2000 --train-batch 128    # for a GPU
 
 Weights and images are random: nothing here depends on their values. Compiling and warm-up are timed apart;
@@ -14,6 +15,7 @@ Writes  bench.json
 """
 import argparse
 import copy
+import itertools
 import subprocess
 import sys
 import tempfile
@@ -110,10 +112,10 @@ def main(args):
             trained[name].append(train(4 if args.quick else 10)["images_per_second"])
 
     # ---------------------------------------------------- (d) merging, (e) a heat map
-    merging = {}                                            # {vectors: seconds per lambda}
+    writing = {}                                            # {vectors: seconds per lambda}
     for count in (1, 8):
         evaluator.use_vectors(random_vectors(encoder, count))
-        merging[count] = repeated(lambda: evaluator.write((0.1,) * count), repeats, device)
+        writing[count] = repeated(lambda: evaluator.write((0.1,) * count), repeats, device)
     evaluator.use_vectors(evaluator.vectors[:2])
     lambdas = np.linspace(-1, 1, 3 if args.quick else 5)
     pair = [splits[0], splits[-1]], heads[:1] * 2, lambdas, ["prediction"]
@@ -131,7 +133,10 @@ def main(args):
     linear_rates = in_turn({args.lambdas: (args.lambdas * n, lambda: search_linear(args.lambdas)),
                             1: (n, lambda: search_linear(1))}, repeats, device)
 
-    # ---------------------------------------------------- (g) texts
+    # ---------------------------------------------------- (g) rules that merge vectors on disk
+    rules = bench_rules(encoder, device)                    # {(rule, vectors): (seconds, bytes)}
+
+    # ---------------------------------------------------- (h) texts
     text_rates, text_flops = bench_texts(machine, 64 if args.quick else 2048, repeats)
 
     # ---------------------------------------------------- peak memory, in processes of their own
@@ -146,8 +151,9 @@ def main(args):
         "dtype": str(machine.dtype)[6:], "batch_size": evaluator.batch_size, "flops_per_image": flops,
         "matmul_flops_per_second": products, "copy_bytes_per_second": copies,
         "compile_seconds": compile_seconds, "images_per_second": rates, "train_images_per_second": trained,
-        "seconds_per_merge": merging, "heat_map_images_per_second": grid,
+        "seconds_per_merge": writing, "heat_map_images_per_second": grid,
         "linearized_images_per_second": linear_rates, "tokens_per_second": text_rates, "peak_bytes": peaks,
+        "rules": [[*which, *measured] for which, measured in rules.items()],
         "encoder_bytes": encoder_bytes, "study_seconds": stages})
 
     # ---------------------------------------------------- say
@@ -173,9 +179,12 @@ def main(args):
         of = np.median(values) * text_flops / np.median(products)
         ratio = "" if name == "evaluator" else spread(np.divide(text_rates["evaluator"], values))
         rows.append([f"texts, {name}", "tokens/s, without padding", spread(values), f"{of:.2f}", ratio])
-    for count, values in merging.items():
+    for count, values in writing.items():
         label = f"merging, {count} vector{'s' if count > 1 else ''} on the device"
         rows.append([label, "ms per lambda", spread(np.multiply(values, 1000)), "", ""])
+    for (rule, count), (seconds, taken) in rules.items():
+        rows.append([f"rule {rule}, {count} vectors on disk", "s; peak MiB besides", f"{seconds:.2f}", "",
+                     f"{taken / 2 ** 20:.0f}"])
     rows += [[f"peak memory, {part}", "MiB", f"{peak / 2 ** 20:.0f}", "", ""] for part, peak in peaks.items()]
     rows += [[f"study, {stage}", "s", f"{value:.0f}", "", ""] for stage, value in stages.items()]
     where = about["machine"]
@@ -336,6 +345,25 @@ def bench_texts(machine, n, repeats):
         rates = in_turn({"evaluator": (2 * lengths.sum(), evaluate), "plain way": (lengths.sum(), plainly)},
                         repeats, device)
     return rates, flops
+
+
+def bench_rules(encoder, device):
+    """{(rule, vectors): (seconds, peak bytes besides what was there)}, of vectors of an encoder's size."""
+    names, found = [f"task{t}" for t in range(8)], {}
+    torch.linalg.svd(torch.eye(2, device=device))           # its library is loaded
+    with tempfile.TemporaryDirectory() as folder:
+        variant = Path(folder) / "aligned"
+        write_vectors(variant, names, encoder)
+
+        def merge(rule, count):
+            merging.merge(rule, variant, names[:count], encoder, device=device)
+
+        for rule, count in itertools.product(merging.RULES, (2, 8)):
+            devices.reset_peak_memory(device)
+            before = devices.peak_memory(device)
+            seconds = timed(lambda: merge(rule, count), device)
+            found[rule, count] = seconds, devices.peak_memory(device) - before
+    return found
 
 
 def training(recipe, encoder, machine, batch_size):

@@ -217,7 +217,7 @@ def test_bench_measures_every_part(left, tmp_path, monkeypatch, capsys):
     perform("bench", "--quick", *small, "--study", left / "tiny", "--out", tmp_path / "bench.json")
     said = capsys.readouterr().out
     for part in ("evaluator", "bare forward", "plain way", "heat map", "linearized, 1 lambda",
-                 "merging, 8 vectors", "texts, evaluator", "texts, plain way",
+                 "merging, 8 vectors", "rule tsv-m, 8 vectors", "texts, evaluator", "texts, plain way",
                  "peak memory, search over 8 tasks", "study, features"):
         assert f"| {part}" in said, part
     assert (tmp_path / "bench.json").exists()
