@@ -15,6 +15,7 @@ Writes  bench.json
 """
 import argparse
 import copy
+import functools
 import itertools
 import subprocess
 import sys
@@ -354,15 +355,9 @@ def bench_rules(encoder, device):
     with tempfile.TemporaryDirectory() as folder:
         variant = Path(folder) / "aligned"
         write_vectors(variant, names, encoder)
-
-        def merge(rule, count):
-            merging.merge(rule, variant, names[:count], encoder, device=device)
-
         for rule, count in itertools.product(merging.RULES, (2, 8)):
-            devices.reset_peak_memory(device)
-            before = devices.peak_memory(device)
-            seconds = timed(lambda: merge(rule, count), device)
-            found[rule, count] = seconds, devices.peak_memory(device) - before
+            merge = functools.partial(merging.merge, rule, variant, names[:count], encoder, device=device)
+            found[rule, count] = devices.cost_of(merge, device)[1:]
     return found
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from common import PROBES, cached_features, count_hits, mean, normalized_accuracy, predict
-from lib import flags, merging, plots, ranks
+from lib import devices, flags, merging, plots, ranks
 from lib.encoders import separate_weights
 from lib.files import Refused, save_tensors
 from lib.study import open_study, run
@@ -57,9 +57,9 @@ def main(args):
         return
 
     # ---------------------------------------------------- one vector of all, by the rule
-    start = time.perf_counter()
-    merged = merging.merge(args.rule, study.source, names, encoder, study.seed, study.device)
-    merging_seconds = time.perf_counter() - start
+    merged, merging_seconds, merging_bytes = devices.cost_of(
+        lambda: merging.merge(args.rule, study.source, names, encoder, study.seed, study.device),
+        study.device)
 
     # ---------------------------------------------------- lambda = 0 and probing, from cached features
     tasks, heads, splits = study.tasks, list(study.heads.values()), {}
@@ -122,6 +122,7 @@ def main(args):
             "test": at_best, "test_lambda0": at_zero, "gain": gain, "probing": probed,
             "single_task": single["test"], "single_task_mean": mean(single["test"].values()),
             "seconds": state["seconds"], "merging_seconds": merging_seconds,
+            "merging_peak_bytes": merging_bytes,
             "images_per_second": (len(lambdas) - 1) * sum(n["val"].values()) / max(state["seconds"], 1e-9)}
         if not recipe["linear"]:             # whose merge is no set of weights for the encoder as it is
             weights = separate_weights(encoder.module) | dict(evaluator.merged((lambdas[best],)))

@@ -23,9 +23,11 @@ def merging_rules(variants):
                              "normalized": percent(test["normalized"]), "lambda": f"{merge['best_lambda']:g}",
                              **minus_probing(merge),
                              "merging, s": f"{merge['merging_seconds']:.1f}",
+                             "MiB": f"{merge['merging_peak_bytes'] / 2 ** 20:.0f}",
                              **{task: percent(value) for task, value in test["tasks"].items()}})
     about = ("Test accuracy in percent, lambda picked on validation for each rule; minus paper, minus "
-             "converged: the merge minus either way of probing, +- its paired standard error.")
+             "converged: the merge minus either way of probing, +- its paired standard error; merging: its "
+             "seconds, and the peak of memory besides what was there.")
     return [("h2", "Merging rules"), ("p", about), ("table", rows)] if rows else []
 
 

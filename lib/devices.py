@@ -9,6 +9,7 @@ import re
 import resource
 import shutil
 import sysconfig
+import time
 from pathlib import Path
 
 import torch
@@ -203,6 +204,14 @@ def peak_memory(device):
         kib = dict(re.findall(r"(VmHWM|RssAnon|RssFile):\s*(\d+)", status.read_text()))
         return 1024 * max(int(kib["VmHWM"]) - int(kib["RssFile"]), int(kib["RssAnon"]))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss    # bytes on macOS
+
+
+def cost_of(function, device):
+    """(what a function returns, its seconds, peak bytes besides those that were there before)."""
+    reset_peak_memory(device)
+    before, start = peak_memory(device), time.perf_counter()
+    found = function()
+    return found, time.perf_counter() - start, peak_memory(device) - before
 
 
 def make_room(folder, need, what):

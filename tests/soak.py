@@ -32,8 +32,9 @@ from pretrain import ARCHITECTURE
 
 AT_START = 0.3  # seconds
 TRAINING_SAVED = ["--save-minutes", "1e-9"]  # at every step, so that a kill meets every state
-OF_THE_MOMENT = ("machine", "command", "seconds", "merging_seconds", "seconds_per_step", "feature_seconds",
-                 "images_per_second", "peak_memory_bytes", "source", "checksum")
+OF_THE_MOMENT = ("machine", "command", "seconds", "merging_seconds", "merging_peak_bytes",
+                 "seconds_per_step", "feature_seconds", "images_per_second", "peak_memory_bytes", "source",
+                 "checksum")
 
 
 def parse_args():

@@ -200,7 +200,7 @@ def test_tiny_paper_is_the_study_of_eight_encoders(tmp_path):
 
 
 def test_bench_measures_every_part(left, tmp_path, monkeypatch, capsys):
-    """The peak memories in this process but for one: a process for each would take most of the time."""
+    """The peak memories in this process but for one, and two rules: the rest would take most of the time."""
     import bench
     own_process, asked = bench.own_process, []
 
@@ -212,6 +212,8 @@ def test_bench_measures_every_part(left, tmp_path, monkeypatch, capsys):
         return bench.part_peak(part, encoder, bench.Machine(torch.device("cpu"), torch.float32, False), 8)
 
     monkeypatch.setattr(bench, "own_process", mostly_here)
+    two_rules = {name: bench.merging.RULES[name] for name in ("sum", "tsv-m")}
+    monkeypatch.setattr(bench.merging, "RULES", two_rules)
     monkeypatch.setattr(bench, "TEXT_SHAPE", bench.TEXT_SHAPE | {"hidden_size": 48, "num_hidden_layers": 1})
     small = ["--image-size", "32", "--images", "4", "--lambdas", "2", "--repeats", "1", "--compile", "off"]
     perform("bench", "--quick", *small, "--study", left / "tiny", "--out", tmp_path / "bench.json")
