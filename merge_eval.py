@@ -22,7 +22,7 @@ import torch
 from common import PROBES, cached_features, count_hits, mean, normalized_accuracy, predict
 from lib import devices, flags, merging, plots, ranks
 from lib.encoders import separate_weights
-from lib.files import Refused, save_tensors
+from lib.files import save_tensors
 from lib.study import open_study, run
 
 
@@ -44,8 +44,7 @@ def main(args):
     encoder, names, recipe = study.encoder, list(study.sources), study.recipe
     lambda_max = args.lambda_max or merging.RULES[args.rule].largest
     lambdas = flags.even_grid("--lambda-max", 0, lambda_max, args.lambdas).tolist()
-    if args.rule != "sum" and len(names) < 2:
-        raise Refused(f"rule {args.rule} merges two tasks or more, there is {names[0]}")
+    merging.require_several(args.rule, names)
     single = {"val": {name: study.finetuned["tasks"][name]["val"] for name in names},
               "test": {name: study.finetuned["tasks"][name]["test"] for name in names}}
     inputs = {"vectors": study.vectors(), "probes": study.probes(), "data": study.data, "single_task": single}

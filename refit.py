@@ -3,6 +3,7 @@ Heads fitted again on the merged encoder: how much of what adding loses is only 
 
     python refit.py tiny
     python refit.py tiny --name full --lambda-max 0.6
+    python refit.py tiny --rule tsv-m                      # of another merge; results in aligned-tsv-m
 
 theta_pre + lambda * sum_t tau_t gives features on which each task's head is obtained anew, for each lambda:
 
@@ -40,23 +41,27 @@ WAYS = ("frozen", "all", "few", "unlabelled", "rotated")
 def parse_args(argv=None):
     parser = flags.stage_parser(__doc__)
     flags.add_name(parser)
+    flags.add_rule(parser, merging.RULES)
     add = parser.add_argument
-    add("--lambda-max", type=flags.positive_float, default=0.5, help="of the grid, the largest (default .5)")
+    add("--lambda-max", type=flags.positive_float,
+        help="largest lambda of the grid (default .5, of rules that average 1)")
     add("--lambdas", type=flags.positive, default=6, help="values from 0 to the largest (default 6)")
     add("--a-class", type=flags.positive, default=10, help="labels of each class for `few` (default 10)")
-    return parser.parse_args(argv)
+    return flags.beside_the_sum(parser.parse_args(argv))
 
 
 def main(args):
     # ---------------------------------------------------- open
     study = open_study(args, __file__, "finetune.json")
     names, recipe = list(study.sources), study.recipe
-    lambdas = flags.even_grid("--lambda-max", 0, args.lambda_max, args.lambdas).tolist()
+    lambda_max = args.lambda_max or merging.RULES[args.rule].largest / 2
+    lambdas = flags.even_grid("--lambda-max", 0, lambda_max, args.lambdas).tolist()
+    merging.require_several(args.rule, names)
     single = {"val": {name: study.finetuned["tasks"][name]["val"] for name in names},
               "test": {name: study.finetuned["tasks"][name]["test"] for name in names}}
     inputs = {"vectors": study.vectors(), "data": study.data, "single_task": single}
-    settings = {"recipe": recipe, "tasks": names, "lambdas": lambdas, "a_class": args.a_class,
-                "dtype": str(study.dtype)[6:]}
+    settings = {"recipe": recipe, "tasks": names, "rule": args.rule, "lambdas": lambdas,
+                "a_class": args.a_class, "dtype": str(study.dtype)[6:]}
     picture = study.here / "refit.png"
     result = study.result("refit.json", settings, inputs, files=lambda row: [picture])
     if not result.todo:
@@ -87,7 +92,8 @@ def main(args):
         return fit_head(features, task)[0]
 
     # ---------------------------------------------------- validation: every lambda
-    evaluator.use_vectors([merging.merge("sum", study.source, names, study.encoder, device=study.device)])
+    merged = merging.merge(args.rule, study.source, names, study.encoder, study.seed, study.device)
+    evaluator.use_vectors([merged])
     state = result.state() or {"rates": [], "seconds": 0.0}            # {way: {task: rate}} of each lambda
     fits = {}                                              # heads; of a run that goes on its own
     for k in range(len(state["rates"]), len(lambdas)):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from lib.files import opened
+from lib.files import Refused, opened
 from lib.vectors import generator_of, load_vector, vector_file
 
 KEPT = 0.2          # of a vector's entries by TIES, the largest
@@ -29,6 +29,12 @@ class Context(NamedTuple):
     tasks: list         # T names
     bounds: list        # T numbers: of a vector's magnitudes, what the KEPT largest begin with
     seed: int
+
+
+def require_several(rule, tasks):
+    """Refused where a rule would have one task to merge."""
+    if rule != "sum" and len(tasks) < 2:
+        raise Refused(f"rule {rule} merges two tasks or more, there is {tasks[0]}")
 
 
 def merge(rule, folder, tasks, encoder, seed=0, device="cpu"):

@@ -33,6 +33,10 @@ def test_refitting_at_lambda_0_is_probing_and_frozen_heads_are_addition(copy, ca
         assert all(0 <= rate <= 1 for rate in found[way]["val"])
     assert found["all"]["minus_probing"]["mean"] == pytest.approx(
         found["all"]["test"]["absolute"] - merge["probing"]["converged"]["absolute"])
+    half = ["--rule", "mean", "--lambda-max", "0.2", "--lambdas", "2"]
+    perform("refit", *shared[:-4], *half)                  # of two tasks
+    assert read(copy, "refit.json", "aligned-mean")["ways"]["all"] == found["all"]
+    assert "merges two tasks or more" in refuse("refit", *shared[:4], TWO[0], "--rule", "ties")
     perform("report", "--runs", copy)
     assert "## Heads fitted again" in (copy / "report/report.md").read_text()
     assert "rotated" in capsys.readouterr().out
