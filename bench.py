@@ -8,7 +8,8 @@ What the hardware can do, and what the evaluator, a fine-tuning step, a merge an
     python bench.py timm:vit_base_patch16_224 --image-size 224 --images 2000 --train-batch 128    # for a GPU
 
 Weights and images are random: nothing here depends on their values. Compiling and warm-up are timed apart;
-every figure is a median of --repeats with its range; what is compared is measured in turn: machines drift.
+a rate is a median of --repeats with its range; what is compared is measured in turn: machines drift. Rules
+that merge vectors, and peaks of memory, are measured once.
 
 Reads   with --study probe.json and */*.json of that folder, runs/ENCODER
 Writes  bench.json

@@ -41,7 +41,10 @@ def main(args):
     if len(names) < 2:
         raise Refused(f"coefficients of tasks need two tasks or more, there is {names[0]}")
     inputs = {"vectors": study.vectors(), "probes": study.probes(), "data": study.data,
-              "single_task": merge["config"]["single_task"], "begins_at": merge["best_lambda"]}
+              "single_task": study.single_task, "begins_at": merge["best_lambda"]}
+    if any(merge["config"][key] != inputs[key] for key in ("vectors", "data", "single_task")):
+        raise Refused(f'{study.here / "merge.json"} is of other vectors or data than there are now: '
+                      f'run "{merge["command"]}" first')
     settings = {"recipe": recipe, "tasks": names, "lambdas": lambdas, "rounds": args.rounds,
                 "dtype": str(study.dtype)[6:]}
     result = study.result("coefficients.json", settings, inputs)
@@ -49,10 +52,10 @@ def main(args):
         return
 
     # ---------------------------------------------------- the search, a coefficient at a time
-    tasks, heads, single = study.tasks, list(study.heads.values()), merge["config"]["single_task"]
-    val = [task.splits["val"] for task in tasks.values()]
+    tasks, heads, single = study.tasks, study.heads, study.single_task
+    val = {name: task.splits["val"] for name, task in tasks.items()}
     test = [task.splits["test"] for task in tasks.values()]
-    per_lambda = sum(map(len, val))
+    per_lambda = sum(map(len, val.values()))
     evaluator = study.evaluator(len(names) * len(lambdas) * per_lambda, recipe["linear"])
     evaluator.use_vectors([load_vector(study.source, name, study.encoder) for name in names])
     state = result.state() or {"coefficients": [merge["best_lambda"]] * len(names), "trail": [],
@@ -62,10 +65,7 @@ def main(args):
         tried = []
         for lam in lambdas:
             tried.append((*state["coefficients"][:place], lam, *state["coefficients"][place + 1:]))
-        accuracies = []                                    # one dict for each lambda
-        for counts in zip(*evaluator.hits(val, heads, tried), strict=True):
-            accuracies.append({name: hits / len(split)
-                               for name, hits, split in zip(names, counts, val, strict=True)})
+        accuracies = evaluator.accuracies(val, heads, tried)           # one dict for each lambda
         values = [normalized_accuracy(accuracy, single["val"]) for accuracy in accuracies]
         before = values[lambdas.index(state["coefficients"][place])]
         changes = max(values) > before
@@ -82,7 +82,7 @@ def main(args):
 
     # ---------------------------------------------------- test: at what was found, and at the sum's lambda
     at = [(merge["best_lambda"],) * len(names), tuple(state["coefficients"])]
-    predicted = list(zip(*evaluator.predictions(test, heads, at), strict=True))
+    predicted = list(zip(*evaluator.predictions(test, list(heads.values()), at), strict=True))
     found = {"test": summary(tasks, predicted[1], single["test"]),
              "minus_sum": paired_difference(tasks, predicted[1], predicted[0])}
     for kind in PROBES:

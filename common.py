@@ -425,6 +425,14 @@ class Evaluator:
             counts.append((predicted == torch.from_numpy(split.labels).to(self.device)).sum(1).tolist())
         return counts
 
+    def accuracies(self, splits, heads, settings):
+        """[{task: accuracy}], one dict for each setting, of {task: Split} and {task: Head}."""
+        counted = self.hits(list(splits.values()), [heads[name] for name in splits], settings)
+        found = []
+        for counts in zip(*counted, strict=True):
+            found.append({name: hits / len(splits[name]) for name, hits in zip(splits, counts, strict=True)})
+        return found
+
     def gathered(self, out, splits):
         """(K, N, ...) that each process has filled its share of, whole in all of them and cut into splits."""
         if self.world > 1:

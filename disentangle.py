@@ -48,7 +48,7 @@ def parse_args(argv=None):
     add("--samples", type=flags.positive, help="random test images per task (default 2048; tiny 128)")
     add("--metric", choices=[*METRICS, "both"], default="prediction",
         help="what is compared: predicted classes, features, or both in one pass (default prediction)")
-    return flags.beside_the_sum(parser.parse_args(argv))
+    return parser.parse_args(argv)
 
 
 # --------------------------------------------------------------------------------------- the metrics

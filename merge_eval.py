@@ -32,10 +32,10 @@ def parse_args(argv=None):
     add = parser.add_argument
     flags.add_rule(parser, merging.RULES)
     add("--lambda-max", type=flags.positive_float,
-        help="largest lambda of the grid (default 1, of rules that average 2)")
+        help="largest lambda of the grid (default the rule's own, in lib/merging.py; of the sum 1)")
     add("--lambdas", type=flags.positive, default=21,
         help="values of lambda from 0 to the largest (default 21)")
-    return flags.beside_the_sum(parser.parse_args(argv))
+    return parser.parse_args(argv)
 
 
 def main(args):
@@ -45,8 +45,7 @@ def main(args):
     lambda_max = args.lambda_max or merging.RULES[args.rule].largest
     lambdas = flags.even_grid("--lambda-max", 0, lambda_max, args.lambdas).tolist()
     merging.require_several(args.rule, names)
-    single = {"val": {name: study.finetuned["tasks"][name]["val"] for name in names},
-              "test": {name: study.finetuned["tasks"][name]["test"] for name in names}}
+    single = study.single_task
     inputs = {"vectors": study.vectors(), "probes": study.probes(), "data": study.data, "single_task": single}
     settings = {"recipe": recipe, "tasks": names, "rule": args.rule, "lambdas": lambdas,
                 "dtype": str(study.dtype)[6:]}
@@ -61,34 +60,30 @@ def main(args):
         study.device)
 
     # ---------------------------------------------------- lambda = 0 and probing, from cached features
-    tasks, heads, splits = study.tasks, list(study.heads.values()), {}
-    for split in ("val", "test"):
-        splits[split] = [task.splits[split] for task in tasks.values()]
-    n = {"val": {name: len(task.splits["val"]) for name, task in tasks.items()},
+    tasks, heads = study.tasks, study.heads
+    val = {name: task.splits["val"] for name, task in tasks.items()}
+    test = [task.splits["test"] for task in tasks.values()]
+    n = {"val": {name: len(split) for name, split in val.items()},
          "test": {name: len(task.splits["test"]) for name, task in tasks.items()}}
     images = (len(lambdas) - 1) * sum(n["val"].values()) + sum(n["test"].values())
     evaluator = study.evaluator(images, recipe["linear"])
-    val_at_zero, predicted_at_zero, probing = [], [], {kind: [] for kind in PROBES}
-    for (name, task), head in zip(tasks.items(), heads, strict=True):
+    val_at_zero, predicted_at_zero, probing = {}, [], {kind: [] for kind in PROBES}
+    for name, task in tasks.items():
         features = cached_features(study.folder, task, evaluator)
-        val_at_zero.append(count_hits(features["val"], head, task.splits["val"]))
-        predicted_at_zero.append(predict(features["test"], head))
+        val_at_zero[name] = count_hits(features["val"], heads[name], val[name]) / n["val"][name]
+        predicted_at_zero.append(predict(features["test"], heads[name]))
         for kind in PROBES:
             probing[kind].append(predict(features["test"], study.probed_heads[kind][name]))
 
     # ---------------------------------------------------- validation: every lambda, some at a time
     evaluator.use_vectors([merged])
-    state = result.state() or {"hits": [val_at_zero], "seconds": 0.0}    # a row of T counts for each lambda
-    block = -(-5 // ranks.world()) * ranks.world()
-    while len(state["hits"]) < len(lambdas):
-        start, done = time.perf_counter(), len(state["hits"])
-        counted = evaluator.hits(splits["val"], heads, [(lam,) for lam in lambdas[done:done + block]])
-        state["hits"] += np.transpose(counted).tolist()
+    state = result.state() or {"accuracies": [val_at_zero], "seconds": 0.0}    # a dict for each lambda
+    accuracies, block = state["accuracies"], -(-5 // ranks.world()) * ranks.world()
+    while len(accuracies) < len(lambdas):
+        start, done = time.perf_counter(), len(accuracies)
+        accuracies += evaluator.accuracies(val, heads, [(lam,) for lam in lambdas[done:done + block]])
         state["seconds"] += time.perf_counter() - start
         result.keep(state)
-    accuracies = []                                        # one dict for each lambda
-    for counts in state["hits"]:
-        accuracies.append({name: hits / n["val"][name] for name, hits in zip(names, counts, strict=True)})
     normalized = [normalized_accuracy(accuracy, single["val"]) for accuracy in accuracies]
     best = int(np.argmax(normalized))
     curves = {}
@@ -100,7 +95,8 @@ def main(args):
     # ---------------------------------------------------- test: at 0 and at the chosen lambda, only
     predicted = predicted_at_zero
     if best > 0:
-        predicted = [rows[0] for rows in evaluator.predictions(splits["test"], heads, [(lambdas[best],)])]
+        rows = evaluator.predictions(test, list(heads.values()), [(lambdas[best],)])
+        predicted = [row[0] for row in rows]
     at_best = summary(tasks, predicted, single["test"])
     at_zero = summary(tasks, predicted_at_zero, single["test"])
     gain = paired_difference(tasks, predicted, predicted_at_zero)
@@ -113,8 +109,7 @@ def main(args):
             "random": "lambda = 0"}[recipe["head"]]
     with result.saving():
         result.values = {
-            "recipe": recipe, "of": study.source.name, "rule": args.rule, "lambdas": lambdas,
-            "best_lambda": lambdas[best],
+            "recipe": recipe, "rule": args.rule, "lambdas": lambdas, "best_lambda": lambdas[best],
             "lambdas_within_2_points": [min(near_best), max(near_best)],
             "val": {"absolute": [mean(accuracy.values()) for accuracy in accuracies],
                     "normalized": normalized, "tasks": curves, "n": n["val"]},
@@ -133,7 +128,8 @@ def main(args):
     print(f"merge_eval: search of {len(lambdas)} lambdas {state['seconds']:.1f} s, "
           f"{result.values['images_per_second']:.0f} {encoder.unit}/s (compiling included)")
     what = "addition" if args.rule == "sum" else args.rule
-    for label, row in ((zero, at_zero), (f"{what} (lambda = {lambdas[best]:g})", at_best)):
+    chosen = f"lambda = {lambdas[best]:g}{flags.at_the_end(best, lambdas)}"
+    for label, row in ((zero, at_zero), (f"{what} ({chosen})", at_best)):
         print(f"merge_eval: {label}: test absolute {row['absolute']:.4f}, "
               f"normalized {row['normalized']:.4f}, n = {sum(n['test'].values())}")
     for kind, row in probed.items():

@@ -17,7 +17,8 @@ lambdas that leave control at least --floor of what it has at lambda = 0. Subtra
 A task is forgotten only if a new head does not bring it back. At 0 and at each pick, on test images:
 
     frozen      the head as it was
-    all, few    converged heads, fitted again on all training images, or on ten labels a class
+    all, few    converged heads, fitted again on all training images, or on ten of each class; the penalty
+                still by all of validation
     neighbours  no head: what the 20 training images say whose features are nearest
 
 Reads   runs/ENCODER/pretrained.safetensors, features/, heads/ (probe.py), NAME/finetune.json,
@@ -35,7 +36,7 @@ import torch.nn.functional as F
 import common
 from common import cached_features, count_hits, mean, predict
 from lib import flags, plots
-from lib.files import Refused
+from lib.files import Refused, file_metadata
 from lib.study import open_study, run
 from lib.vectors import generator_of, head_file, load_vector
 from merge_eval import paired_difference
@@ -82,7 +83,10 @@ def main(args):
                          "data": [study.data[task] for task in pair]}
     kept = {name: common.task_summary(name, source, study.encoder, study.runs, study.seed)["sha256"]
             for name, source in asked.items()} or study.data
-    settings = {"recipe": recipe, "control": kept, "floor": args.floor, "lambdas": lambdas,
+    used = {}                                              # SHA-256 of the heads that judge
+    for name in dict.fromkeys([*names, *kept]):
+        used[name] = file_metadata(*head_file(study.source, recipe, name, study.encoder.name))["sha256"]
+    settings = {"recipe": recipe, "control": kept, "heads": used, "floor": args.floor, "lambdas": lambdas,
                 "a_class": args.a_class, "dtype": str(study.dtype)[6:]}
     picture = study.here / "negation.png"
     result = study.result("negation.json", settings, made_of, key="targets", files=lambda row: [picture])
@@ -96,11 +100,20 @@ def main(args):
         path, made_by = head_file(study.source, recipe, name, study.encoder.name)
         heads[name] = common.load_head(path, made_by, tasks[name], study.encoder, study.device)
     images = sum(len(task.splits["val"]) for task in tasks.values()) * 2 * len(lambdas) * len(result.todo)
-    evaluator, at_zero = study.evaluator(images, recipe["linear"]), {}
+    evaluator, at_zero = study.evaluator(images, recipe["linear"]), {"val": {}, "test": {}}
     for name, task in tasks.items():
         features = cached_features(study.folder, task, evaluator)
-        for split in ("val", "test"):
-            at_zero[name, split] = count_hits(features[split], heads[name], task.splits[split])
+        for split, known in at_zero.items():
+            hits = count_hits(features[split], heads[name], task.splits[split])
+            known[name] = hits / len(task.splits[split])
+
+    def accuracies(names, split, settings):
+        """[{task: accuracy}] of some tasks' split, the first at 0, the others under weight settings."""
+        found = [{name: at_zero[split][name] for name in names}]
+        if settings:
+            splits = {name: tasks[name].splits[split] for name in names}
+            found += evaluator.accuracies(splits, heads, settings)
+        return found
 
     # ---------------------------------------------------- a target at a time
     curves = {}              # {(task, random): accuracies}: `other` of one target is `own` of the next
@@ -114,29 +127,27 @@ def main(args):
             vectors["other"] = load_vector(study.source, followed[target], study.encoder)
             stay["other"] = without
         evaluator.use_vectors(list(vectors.values()))
-        before = judged(cached_features(study.folder, task, evaluator), head, task, args)
+        before = judged(cached_features(study.folder, task, evaluator), head, task, args.a_class, study.seed)
         row = {"tasks": [target, followed[target]], "classes": len(task.classes),
                "n": len(task.splits["test"]), "test_lambda0": rates(before, task), "subtracted": {}}
         after = {}
         for place, (label, controlled) in enumerate(stay.items()):
             grid = [REACH[label] * lam for lam in lambdas]
             direction = np.eye(len(vectors))[place]
-            settings = [tuple((-lam * direction).tolist()) for lam in grid]
+            weights = [tuple((-lam * direction).tolist()) for lam in grid]
             whose = followed[target] if label == "other" else target
             if (whose, label == "random") not in curves:
                 seen = list(dict.fromkeys([whose, preceding[whose], *controls[whose]]))
-                found = accuracies(evaluator, tasks, heads, seen, "val", settings, at_zero)
-                curves[whose, label == "random"] = found
+                curves[whose, label == "random"] = accuracies(seen, "val", weights[1:])
             curve = curves[whose, label == "random"]
             control = [mean_of(of_lambda, controlled) for of_lambda in curve]
             allowed = [k for k in range(len(lambdas)) if control[k] >= args.floor * control[0]]
             best = min(allowed, key=lambda k: curve[k][target])            # of equals the smallest lambda
-            picked, after[label] = settings[:1], before
+            after[label] = before
             if best > 0:
-                picked = [settings[0], settings[best]]
-                found = features_at(evaluator, task, settings[best], list(task.splits))
-                after[label] = judged(found, head, task, args)
-            tested = accuracies(evaluator, tasks, heads, controlled, "test", picked, at_zero)
+                found = features_at(evaluator, task, weights[best], list(task.splits))
+                after[label] = judged(found, head, task, args.a_class, study.seed)
+            tested = accuracies(controlled, "test", weights[best:best + 1] if best > 0 else [])
             row["subtracted"][label] = {
                 "best": best, "lambda": grid[best], "test": rates(after[label], task),
                 "control": {"lambda0": mean(tested[0].values()), "picked": mean(tested[-1].values())},
@@ -158,6 +169,10 @@ def main(args):
 
     # ---------------------------------------------------- say
     for label, row in result.values["means"].items():
+        cells = [each["subtracted"][label] for each in result.rows.values() if label in each["subtracted"]]
+        at_end = sum(0 < cell["best"] == len(lambdas) - 1 for cell in cells)
+        if at_end:
+            print(f"negate {label}: of {at_end} targets the grid's largest lambda: try a larger --lambda-max")
         print(f"negate {label}: mean target {row['lambda0']['frozen']:.4f} to {row['test']['frozen']:.4f}, "
               f"fitted again {row['lambda0']['all']:.4f} to {row['test']['all']:.4f}, control "
               f"{row['control']['lambda0']:.4f} to {row['control']['picked']:.4f} "
@@ -190,21 +205,9 @@ def random_like(vector, words):
 # --------------------------------------------------------------------------------------- accuracies
 
 
-def accuracies(evaluator, tasks, heads, names, split, settings, at_zero):
-    """[{task: accuracy}] of some tasks' split for each weight setting, the first of which is 0."""
-    splits = [tasks[name].splits[split] for name in names]
-    found = [{name: at_zero[name, split] / len(part) for name, part in zip(names, splits, strict=True)}]
-    if len(settings) > 1:
-        counted = evaluator.hits(splits, [heads[name] for name in names], settings[1:])
-        for counts in zip(*counted, strict=True):
-            found.append({name: hits / len(part)
-                          for name, hits, part in zip(names, counts, splits, strict=True)})
-    return found
-
-
-def judged(features, head, task, args):
+def judged(features, head, task, a_class, seed):
     """{way: (N,) predicted classes of the test images} on features {split: (N, D)}."""
-    rows = few(task.splits["train"].labels, args.a_class, args.seed)
+    rows = few(task.splits["train"].labels, a_class, seed)
     some = features | {"train": features["train"][rows]}
     heads = {"frozen": head, "all": fit_head(features, task)[0],
              "few": fit_head(some, with_train(task, rows))[0]}

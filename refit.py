@@ -9,7 +9,7 @@ theta_pre + lambda * sum_t tau_t gives features on which each task's head is obt
 
     frozen      the head as it was: task addition
     all         converged, as probe.py fits it, on the labels of all training images
-    few         likewise on ten labels a class
+    few         likewise on ten training labels a class; penalty and lambda still by all of validation
     unlabelled  likewise on what theta_t, under its own head, says of the training images
     rotated     the head as it was, behind the orthogonal map that takes training features to theta_t's
 
@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from common import Head, Split, cached_features, count_hits, mean, normalized_accuracy, predict
-from lib import flags, merging, plots
+from lib import flags, merging, plots, ranks
 from lib.study import open_study, run
 from lib.vectors import load_vector
 from merge_eval import paired_difference, summary
@@ -44,10 +44,10 @@ def parse_args(argv=None):
     flags.add_rule(parser, merging.RULES)
     add = parser.add_argument
     add("--lambda-max", type=flags.positive_float,
-        help="largest lambda of the grid (default .5, of rules that average 1)")
+        help="largest lambda of the grid (default half of merge_eval.py's, of the sum .5)")
     add("--lambdas", type=flags.positive, default=6, help="values from 0 to the largest (default 6)")
     add("--a-class", type=flags.positive, default=10, help="labels of each class for `few` (default 10)")
-    return flags.beside_the_sum(parser.parse_args(argv))
+    return parser.parse_args(argv)
 
 
 def main(args):
@@ -57,8 +57,7 @@ def main(args):
     lambda_max = args.lambda_max or merging.RULES[args.rule].largest / 2
     lambdas = flags.even_grid("--lambda-max", 0, lambda_max, args.lambdas).tolist()
     merging.require_several(args.rule, names)
-    single = {"val": {name: study.finetuned["tasks"][name]["val"] for name in names},
-              "test": {name: study.finetuned["tasks"][name]["test"] for name in names}}
+    single = study.single_task
     inputs = {"vectors": study.vectors(), "data": study.data, "single_task": single}
     settings = {"recipe": recipe, "tasks": names, "rule": args.rule, "lambdas": lambdas,
                 "a_class": args.a_class, "dtype": str(study.dtype)[6:]}
@@ -111,6 +110,7 @@ def main(args):
         result.keep(state)
         said = ", ".join(f"{way} {mean(rates[way].values()):.4f}" for way in WAYS)
         print(f"refit: lambda {lam:g}: validation {said}", flush=True)
+    [state["rates"], *_] = ranks.gather(state["rates"])    # fits on other processors may differ by an image
     best, curves = {}, {}
     for way in WAYS:
         rates = [of_lambda[way] for of_lambda in state["rates"]]
@@ -148,8 +148,9 @@ def main(args):
                     f"{args.encoder}, {study.name}, {len(tasks)} tasks")
     for way, row in ways.items():
         zero, minus = row["test_lambda0"]["absolute"], row["minus_probing"]
-        print(f"refit {way}: test {zero:.4f} at 0, {row['test']['absolute']:.4f} at {row['best_lambda']:g}; "
-              f"minus probing {minus['mean']:+.4f} +- {minus['standard_error']:.4f}")
+        print(f"refit {way}: test {zero:.4f} at 0, {row['test']['absolute']:.4f} at {row['best_lambda']:g}"
+              f"{flags.at_the_end(best[way], lambdas)}; minus probing {minus['mean']:+.4f} "
+              f"+- {minus['standard_error']:.4f}")
 
 
 # --------------------------------------------------------------------------------------- features
@@ -187,7 +188,8 @@ def rotated(head, features, teacher):
     weight = head.weight @ (left @ right).T                # of (feature - middle)
     if head.normalise:
         return Head(weight, head.bias, True)
-    return Head(weight, head.bias + head.weight @ target - weight @ middle, False)
+    bias = 0 if head.bias is None else head.bias           # of a T5's head from text
+    return Head(weight, bias + head.weight @ target - weight @ middle, False)
 
 
 def labelled_by(teacher, head, task):

@@ -182,12 +182,14 @@ def accuracy_rows(variant, published):
         zero = np.mean([variant["finetune.json"]["tasks"][task]["zero_shot"] for task in tasks])
     ours = [100 * zero, 100 * merge["single_task_mean"], 100 * test["absolute"], 100 * test["normalized"],
             merge["best_lambda"]]
-    columns = published["columns"]
-    rows = [{"encoder": variant["encoder"], "name": variant["name"],
+    columns, name, rule = published["columns"], variant["name"], merge["rule"]
+    if rule != "sum" and not name.endswith(f"-{rule}"):
+        name = f"{name}, rule {rule}"
+    rows = [{"encoder": variant["encoder"], "name": name,
              "tasks": len(tasks), "n": sum(test["n"].values()),
              **dict(zip(columns, map(digits, ours, columns), strict=True)),
              **minus_probing(merge)}]
-    theirs = published["rows"].get(variant["encoder"])
+    theirs = published["rows"].get(variant["encoder"]) if rule == "sum" else None
     if theirs:
         rows.append({"name": "paper", "tasks": 8,
                      **dict(zip(columns, map(digits, theirs, columns), strict=True))})

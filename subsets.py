@@ -33,12 +33,12 @@ def parse_args(argv=None):
         help="subsets of each size above two, at most (default 5)")
     flags.add_rule(parser, merging.RULES)
     add("--lambda-max", type=flags.positive_float,
-        help="largest lambda of the grid (default 1, of rules that average 2)")
+        help="largest lambda of the grid (default the rule's own, in lib/merging.py; of the sum 1)")
     add("--lambdas", type=flags.positive, default=21,
         help="values of lambda from 0 to the largest (default 21)")
     add("--images-per-task", type=flags.positive,
         help="random validation and test images per task at most (default all; tiny 60)")
-    return flags.beside_the_sum(parser.parse_args(argv))
+    return parser.parse_args(argv)
 
 
 def main(args):
@@ -91,14 +91,14 @@ def main(args):
             evaluator.use_vectors([merged])
             direction = np.ones(1)
         accuracies = [{name: at_zero[name, "val"] for name in subset}]    # one dict for each lambda
-        accuracies += accuracies_at(evaluator, splits, heads, subset, "val",
-                                    [tuple(lam * direction) for lam in lambdas[1:]])
+        val = {name: splits[name, "val"] for name in subset}
+        test = {name: splits[name, "test"] for name in subset}
+        accuracies += evaluator.accuracies(val, heads, [tuple(lam * direction) for lam in lambdas[1:]])
         curve = [normalized_accuracy(accuracy, alone["val"]) for accuracy in accuracies]
         best = int(np.argmax(curve))
         tested = {name: at_zero[name, "test"] for name in subset}
         if best > 0:
-            [tested] = accuracies_at(evaluator, splits, heads, subset, "test",
-                                     [tuple(lambdas[best] * direction)])
+            [tested] = evaluator.accuracies(test, heads, [tuple(lambdas[best] * direction)])
         with result.saving(key):
             result.rows[key] = {"tasks": list(subset), "best_lambda": lambdas[best],
                                 "absolute": mean(tested.values()),
@@ -127,17 +127,6 @@ def open_result(study, chosen, picture, settings):
                         "data": [study.data[name] for name in subset]}
     settings = settings | {"recipe": study.recipe, "tasks": names, "dtype": str(study.dtype)[6:]}
     return study.result("scaling.json", settings, made_of, key="subsets", files=lambda row: [picture])
-
-
-def accuracies_at(evaluator, splits, heads, subset, split, settings):
-    """[{task: accuracy}] of a subset's tasks for each weight setting."""
-    images = [splits[name, split] for name in subset]
-    counted = evaluator.hits(images, [heads[name] for name in subset], settings)
-    accuracies = []
-    for counts in zip(*counted, strict=True):
-        accuracies.append({name: hits / len(part)
-                           for name, hits, part in zip(subset, counts, images, strict=True)})
-    return accuracies
 
 
 def choose_subsets(names, per_size, seed):

@@ -73,13 +73,15 @@ def negations(variants):
             continue
         result = variant["negation.json"]
         for label, row in result["means"].items():
+            minus_random = row.get("minus_random", {})
             moved = {way: f"{percent(row['lambda0'][way])} to {percent(row['test'][way])} "
                           f"({with_error(row['change'][way])})" for way in row["change"]}
             rows.append({"encoder": variant["encoder"], "name": variant["name"], "subtracted": label,
                          "targets": row["targets"], "n": row["n"], "lambda": f"{row['lambda']:.3g}",
                          "chance": percent(row["chance"]), **moved,
                          "control": f"{percent(row['control']['lambda0'])} to "
-                                    f"{percent(row['control']['picked'])}"})
+                                    f"{percent(row['control']['picked'])}",
+                         **{f"{way}, minus random": with_error(each) for way, each in minus_random.items()}})
         pictures += [("picture", variant["folder"] / "negation.png"),
                      ("p", f"Forgetting against what control keeps: {variant['label']}.")]
     about = ("Mean test accuracy in percent of targets, from lambda = 0 to the lambda picked, +- the paired "

@@ -48,7 +48,7 @@ def stage_parser(docstring, dtypes=("auto", "bf16", "fp32")):
 
 def add_name(parser):
     """--name and --of, for the stages after finetune.py."""
-    parser.add_argument("--name", type=folder_name, default="aligned", metavar="NAME",
+    parser.add_argument("--name", type=folder_name, metavar="NAME",
                         help="the variant to work on, runs/ENCODER/NAME; finetune.py's --name, else its "
                              "recipe (default aligned)")
     parser.add_argument("--of", type=folder_name, metavar="NAME",
@@ -57,16 +57,26 @@ def add_name(parser):
 
 
 def add_rule(parser, rules):
-    """--rule, for stages that merge vectors; beside_the_sum goes with it."""
+    """--rule, for stages that merge vectors."""
     parser.add_argument("--rule", choices=list(rules), default="sum",
-                        help="how vectors become one (default sum); others read NAME and write NAME-RULE")
+                        help="how vectors become one (default sum); of others results go to NAME-RULE")
 
 
-def beside_the_sum(args):
-    """Flags under which a rule's results stand beside the sum's, in a folder of their own."""
-    if args.rule != "sum" and not args.of:
-        args.of, args.name = args.name, f"{args.name}-{args.rule}"
-    return args
+def variant_names(args):
+    """(variant whose vectors are read, variant that results go to); None twice of a stage without variants.
+
+    A rule other than the sum writes beside what it reads, unless --name says where.
+    Errors  Refused: --of without --name
+    """
+    if not hasattr(args, "name"):
+        return None, None
+    of, rule = getattr(args, "of", None), getattr(args, "rule", "sum")
+    if of and not args.name and rule == "sum":
+        raise Refused(f"--of {of} reads {of}: --name NAME says where results are to go")
+    source = of or args.name or "aligned"
+    if rule != "sum" and args.name in (None, source):
+        return source, f"{source}-{rule}"
+    return source, args.name or source
 
 
 def flag_parser(docstring):
@@ -146,6 +156,11 @@ def even_grid(flag, low, high, n):
     if not np.isfinite(numbers).all() or len(np.unique(numbers)) < n:
         raise Refused(f"{flag} {high:g} is no end of a grid of {n} numbers that are kept to ten digits")
     return numbers
+
+
+def at_the_end(best, lambdas):
+    """What is to be said where the best of a grid is its largest."""
+    return ", the grid's largest: try a larger --lambda-max" if 0 < best == len(lambdas) - 1 else ""
 
 
 def folder(text):

@@ -47,7 +47,8 @@ def out_of_step(probes, variants):
     """A table of results that were made of other data, encoders or vectors than the results beside them."""
     rows = []
     for (encoder, name), variant in variants.items():
-        source = variants.get((encoder, variant.get("merge.json", {"of": name})["of"]), {})
+        of = [result["of"] for file, result in variant.items() if file.endswith(".json") and "of" in result]
+        source = variants.get((encoder, of[0] if of else name), {})
         now = {(task, "data"): row["data"] for task, row in probes[encoder]["tasks"].items()}
         for task, row in source.get("finetune.json", {}).get("tasks", {}).items():
             now |= {(task, "finetuned"): row["weights_sha256"][0], (task, "single_task"): row["test"]}

@@ -126,7 +126,10 @@ def tsv_m(tensors, context):
 
 
 def iso_c(tensors, context):
-    """The sum with all its singular values replaced by their mean: arXiv:2502.04959."""
+    """The sum with all its singular values replaced by their mean: arXiv:2502.04959.
+
+    Also those that are 0: where the sum is of low rank, directions come in that are any.
+    """
     if tensors[0].ndim != 2:
         return shares(tensors, context)
     left, values, right = torch.linalg.svd(total(tensors), full_matrices=False)
@@ -159,7 +162,7 @@ def total(tensors):
 def leading(matrix, rank):
     """(m, rank) left singular vectors, (rank,) values, (n, rank) right ones; 0 what a matrix has not."""
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    real = values[:rank] > 1e-6 * values[0]                                # else its vectors are any
+    real = above_noise(values, matrix)[:rank]                              # else its vectors are any
     return left[:, :rank] * real, values[:rank] * real, right[:rank].T * real
 
 
@@ -169,7 +172,12 @@ def orthogonal(columns):
     Where columns depend on each other, of those vectors that it has.
     """
     left, values, right = torch.linalg.svd(columns, full_matrices=False)
-    return left * (values > 1e-6 * values[0]) @ right
+    return left * above_noise(values, columns) @ right
+
+
+def above_noise(values, matrix):
+    """Which of a matrix's singular values are more than rounding."""
+    return values > max(matrix.shape) * torch.finfo(matrix.dtype).eps * values[0]
 
 
 class Rule(NamedTuple):
@@ -179,7 +187,7 @@ class Rule(NamedTuple):
 
 
 RULES = {
-    "sum": Rule(as_they_are, 1.0), "mean": Rule(shares, 2.0), "ties": Rule(ties, 2.0),
+    "sum": Rule(as_they_are, 1.0), "mean": Rule(shares, 8.0), "ties": Rule(ties, 2.0),
     "dare": Rule(dare, 1.0), "tsv-m": Rule(tsv_m, 2.0), "iso-c": Rule(iso_c, 2.0, apart=False),
     "iso-cts": Rule(iso_cts, 2.0, apart=False),
 }

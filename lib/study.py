@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 import common
-from lib import encoders, ranks
+from lib import encoders, flags, ranks
 from lib.devices import compile_pays, has_tf32, pick_device, pick_dtype
 from lib.files import Refused, file_metadata, read_json
 from lib.flags import complain, have_home, speak_utf8
@@ -84,9 +84,9 @@ class Study:
         self.script, self.seed, self.runs = Path(script), args.seed, args.runs
         self.overwrite, self.compile = args.overwrite, args.compile
         self.folder = encoders.run_folder(args.runs, args.encoder)              # runs/ENCODER
-        self.name = getattr(args, "name", None) or getattr(args, "recipe", None)
-        self.here = self.folder / self.name if self.name else self.folder       # this stage's results
-        self.source = self.folder / (getattr(args, "of", None) or self.name or "")    # finetune.json, vectors
+        source, self.name = flags.variant_names(args)
+        self.here = self.folder / (self.name or "")        # this stage's results
+        self.source = self.folder / (source or "")         # finetune.json, vectors
         recorded = self.recorded(before)
         asked = None if args.tasks is None else common.task_sources(args.tasks, args.data, recorded)
         self.device = pick_device(args.device)
@@ -157,6 +157,14 @@ class Study:
             words = f'run "{self.made_by} --tasks {",".join(self.sources)}" first'
             raise Refused(f"{path} lacks {', '.join(missing)}: {words}")
         return self.finetune_json
+
+    @property
+    def single_task(self):
+        """{"val", "test": {task: accuracy of its theta_t under its own head}}."""
+        rows, accuracy = self.finetuned["tasks"], {"val": {}, "test": {}}
+        for split, name in itertools.product(accuracy, self.sources):
+            accuracy[split][name] = rows[name][split]
+        return accuracy
 
     @property
     def recipe(self):
@@ -263,8 +271,11 @@ class Study:
 
         more    its key, files, weights, protected
         """
-        return Result(self.here / file, self.config(settings), inputs or {}, self.script, self.device,
-                      self.overwrite, named=bool(self.name), **more)
+        result = Result(self.here / file, self.config(settings), inputs or {}, self.script, self.device,
+                        self.overwrite, named=bool(self.name), **more)
+        if self.name:
+            result.provenance["of"] = self.source.name     # whose vectors these are
+        return result
 
 
 def open_study(args, script, before=None):

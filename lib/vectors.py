@@ -1,5 +1,5 @@
 """
-Task vectors: tau_t = theta_t - theta_pre, on disk and in sums.
+Task vectors: tau_t = theta_t - theta_pre, on disk.
 
     runs/ENCODER/NAME/finetuned/TASK.safetensors    theta_t, the parameters that were trained
     runs/ENCODER/NAME/vectors/TASK.safetensors      tau_t, with the recipe and the fingerprints it was made of

@@ -6,12 +6,13 @@ import os
 import re
 import shutil
 
+import merge_eval
 import pytest
 import torch
 from conftest import ROOT, STAGES, TASKS, contents, edit, perform, refuse, snapshot
 
-from lib import results
-from lib.files import replacing
+from lib import flags, results
+from lib.files import Refused, replacing
 
 RECIPE = ["--steps", "5", "--batch-size", "16"]
 SMALL = {  # settings that make a stage short, others than those of the study
@@ -212,6 +213,23 @@ def test_results_of_a_variant_under_another_name_leave_its_folder_untouched(copy
         perform(name, *words, *SMALL[name])
     assert snapshot(copy / "tiny/aligned") == before
     assert not (copy / "tiny/fine/earlier").exists()
+
+
+@pytest.mark.parametrize("words, of, name", [
+    ([], "aligned", "aligned"), (["--name", "full"], "full", "full"),
+    (["--of", "full", "--name", "mine"], "full", "mine"), (["--rule", "ties"], "aligned", "aligned-ties"),
+    (["--rule", "ties", "--of", "aligned"], "aligned", "aligned-ties"),
+    (["--rule", "ties", "--of", "full"], "full", "full-ties"),
+    (["--rule", "ties", "--of", "full", "--name", "full"], "full", "full-ties"),
+    (["--rule", "ties", "--of", "full", "--name", "mine"], "full", "mine"),
+    (["--rule", "ties", "--name", "full"], "full", "full-ties"), (["--of", "full"], None, None)])
+def test_results_of_other_vectors_or_a_rule_stand_beside_those_of_the_sum(words, of, name):
+    args = merge_eval.parse_args(["tiny", *words])
+    if of:
+        assert flags.variant_names(args) == (of, name)
+    else:
+        with pytest.raises(Refused, match="--name NAME says where"):
+            flags.variant_names(args)
 
 
 def test_a_variant_that_is_not_there_is_named_with_the_command_that_makes_it(copy):

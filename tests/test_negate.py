@@ -8,15 +8,15 @@ import pytest
 import torch
 from conftest import perform, refuse
 
-from lib import encoders, vectors
+from lib import encoders, files, vectors
 from lib.study import open_study
 
 
 def test_negation_begins_at_probing_and_picks_what_the_floor_allows(copy, capsys):
     """Two targets and a third task as control."""
     shared = ["tiny", "--runs", copy, "--tasks", "glyphs,signs", "--device", "cpu"]
-    perform("negate", *shared, "--control", "textures", "--lambda-max", "0.6", "--lambdas", "3",
-            "--a-class", "4")
+    asked = [*shared, "--control", "textures", "--lambda-max", "0.6", "--lambdas", "3", "--a-class", "4"]
+    perform("negate", *asked)
     found = json.loads((copy / "tiny/aligned/negation.json").read_text())
     probe = json.loads((copy / "tiny/probe.json").read_text())["tasks"]
     assert list(found["targets"]) == ["glyphs", "signs"] and found["lambdas"] == [0, 0.3, 0.6]
@@ -42,14 +42,21 @@ def test_negation_begins_at_probing_and_picks_what_the_floor_allows(copy, capsys
     assert combined == pytest.approx(np.hypot(*errors) / 2)
 
     # glyphs at .6, by hand: weights subtracted one by one in a module of its own
-    study = open_study(negate.parse_args([str(word) for word in shared]), negate.__file__, "finetune.json")
-    tau = vectors.load_vector(study.source, "glyphs", study.encoder)
-    for name, tensor in encoders.weights_of(study.encoder.module).items():
-        tensor -= 0.6 * tau[name]
-    evaluator = common.Evaluator(study.encoder, study.device, study.dtype)
-    [[hits]] = evaluator.hits([study.tasks["glyphs"].splits["val"]], [study.heads["glyphs"]], [()])
-    at_last = found["targets"]["glyphs"]["subtracted"]["own"]["val"]["target"][2]
-    assert hits == pytest.approx(at_last * len(study.tasks["glyphs"].splits["val"]), abs=1)
+    row = found["targets"]["glyphs"]
+    for label, source, lam in (("own", "glyphs", 0.6), ("other", "signs", 0.6), ("random", "glyphs", 6)):
+        args = negate.parse_args([str(word) for word in shared])
+        study = open_study(args, negate.__file__, "finetune.json")
+        tau = vectors.load_vector(study.source, source, study.encoder)
+        if label == "random":
+            tau = negate.random_like(tau, "0 glyphs")
+        for name, tensor in encoders.weights_of(study.encoder.module).items():
+            tensor -= lam * tau[name]
+        evaluator = common.Evaluator(study.encoder, study.device, study.dtype)
+        split = study.tasks["glyphs"].splits["val"]
+        [[hits]] = evaluator.hits([split], [study.heads["glyphs"]], [()])
+        assert hits == pytest.approx(row["subtracted"][label]["val"]["target"][2] * len(split), abs=1)
+    own, random = (row["subtracted"][label]["test"]["all"] for label in ("own", "random"))
+    assert row["own_minus_random"]["all"]["mean"] == pytest.approx(own - random)
 
     perform("report", "--runs", copy)
     assert "## Negation" in (copy / "report/report.md").read_text()
@@ -57,6 +64,16 @@ def test_negation_begins_at_probing_and_picks_what_the_floor_allows(copy, capsys
     said = refuse("negate", *shared, "--control", "signs")
     assert "--control signs is one of the targets" in said
     assert "two tasks or more" in refuse("negate", *shared[:3], "--tasks", "glyphs")
+
+    # another head of a control task makes everything anew
+    head = copy / "tiny/heads/paper/textures.safetensors"
+    tensors, about = files.load_tensors(head, "")
+    files.save_tensors(head, {name: -tensor for name, tensor in tensors.items()},
+                       **{key: value for key, value in about.items() if key != "sha256"})
+    (copy / "tiny/probe.json").unlink()
+    perform("negate", *asked)
+    again = json.loads((copy / "tiny/aligned/negation.json").read_text())["targets"]["glyphs"]
+    assert again["subtracted"]["own"]["val"]["control"] != row["subtracted"]["own"]["val"]["control"]
 
 
 @pytest.mark.parametrize("floor", ["1.5", "-0.1", "none"])

@@ -19,7 +19,9 @@ STAGES = [("probe", ["--probe-steps", "40", "--overwrite"]),
           ("finetune", ["--steps", "5", "--batch-size", "32", "--recipe", "full"]),
           ("make_vectors", FULL), ("merge_eval", [*FULL, "--lambdas", "8"]),
           ("subsets", [*FULL, "--per-size", "1", "--lambdas", "3", "--images-per-task", "50"]),
-          ("disentangle", [*FULL, "--points", "3", "--samples", "100"])]
+          ("disentangle", [*FULL, "--points", "3", "--samples", "100"]),
+          ("merge_eval", [*FULL, "--rule", "tsv-m", "--lambdas", "2"]),
+          ("refit", [*FULL, "--lambdas", "2"]), ("negate", [*FULL, "--lambdas", "2"])]
 
 
 def shared_words(runs):
