@@ -2,7 +2,7 @@
 Negation: does theta_pre - lambda * tau_t forget task t and keep the others?
 
     python negate.py tiny
-    python negate.py tiny --lambda-max 0.4                 # 11 values again, but on a finer grid
+    python negate.py tiny --lambda-max 1                   # 11 values again, but further
     python negate.py tiny --name full --floor 0.9
     python negate.py vit_b16_clip_laion2b --tasks cars,dtd --control sun397
 
@@ -56,7 +56,7 @@ def parse_args(argv=None):
         help="tasks that are to stay, as --tasks names them, no targets (default: all but the target)")
     add("--floor", type=flags.share, default=0.95,
         help="share of its accuracy that control keeps at least (default .95)")
-    add("--lambda-max", type=flags.positive_float, default=1.0, help="largest lambda of the grid (default 1)")
+    add("--lambda-max", type=flags.positive_float, default=0.5, help="of the grid, the largest (default .5)")
     add("--lambdas", type=flags.positive, default=11,
         help="values of lambda from 0 to the largest (default 11)")
     add("--a-class", type=flags.positive, default=10, help="labels of each class for `few` (default 10)")

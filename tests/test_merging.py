@@ -63,11 +63,9 @@ def ties_again(vectors):
 
 
 def whitened(columns):
-    """(columns columns^T)^-1/2 columns by eigenvectors, of linearly independent rows or columns."""
-    gram = columns.T @ columns
-    values, vectors = np.linalg.eigh(gram)
-    kept = values > 1e-9
-    return columns @ (vectors[:, kept] / np.sqrt(values[kept])) @ vectors[:, kept].T
+    """The orthonormal columns nearest to these, by numpy's singular value decomposition."""
+    u, s, vt = np.linalg.svd(columns, full_matrices=False)
+    return (u * (s > 1e-9 * s[0])) @ vt
 
 
 def tsv_again(matrices):
@@ -84,7 +82,7 @@ def tsv_again(matrices):
 
 
 def iso_again(matrices):
-    """(M M^T)^-1/2 M times the nuclear norm over the rank."""
+    """The polar factor of the sum times its nuclear norm over the rank."""
     total = sum(matrices)
     polar = whitened(total) if total.shape[0] >= total.shape[1] else whitened(total.T).T
     return np.linalg.norm(total, "nuc") / min(total.shape) * polar
@@ -171,6 +169,16 @@ def test_equal_vectors_push_no_directions_in_that_are_rounding():
     left, values, right = merging.leading(matrix, 384 // 8)
     together = merging.total(RULES["tsv-m"].function([matrix] * 8, None))
     torch.testing.assert_close(together, left * values @ right.T, rtol=1e-3, atol=1e-3)
+
+
+def test_a_spectrum_of_repeated_values_is_found():
+    """As columns have that are nearly orthonormal, of which LAPACK's decomposition may not converge."""
+    basis, _ = torch.linalg.qr(torch.randn(96, 64, generator=torch.Generator().manual_seed(0)))
+    left, values, right = merging.spectrum(torch.cat([basis[:, :32], basis[:, :32]], 1))    # of rank 32
+    torch.testing.assert_close(values, torch.tensor([2 ** 0.5] * 32 + [0.0] * 32))
+    torch.testing.assert_close(left[:, :32].T @ left[:, :32], torch.eye(32), atol=1e-5, rtol=0)
+    assert not left[:, 32:].any() and not right[:, 32:].any()
+    torch.testing.assert_close(merging.orthogonal(basis.T).T, basis, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("rule", RULES)
