@@ -114,8 +114,8 @@ def main(args):
     images = {name: sample(tasks[name].splits["test"], settings["samples"], args.seed) for name in used}
     cells = len(lambdas) ** 2 * sum(len(images[name]) for pair in todo for name in pairs[pair])
     evaluator = study.evaluator(cells, study.recipe["linear"])
-    print(f"disentangle: {len(todo)} pairs, {len(lambdas)} x {len(lambdas)} points, {cells} images to "
-          f"evaluate", flush=True)
+    print(f"disentangle: {len(todo)} pairs, {len(lambdas)} x {len(lambdas)} points, {cells} forward passes",
+          flush=True)
 
     # ---------------------------------------------------- every cell of every pair
     for pair in todo:

@@ -66,8 +66,8 @@ def main(args):
     images = 0
     for key in result.todo:
         images += sum((len(lambdas) - 1) * n[name, "val"] + 2 * n[name, "test"] for name in chosen[key])
-    print(f"subsets: {len(result.todo)} subsets of {len(names)} tasks, {images} images to evaluate, at most "
-          f"{settings['images_per_task'] or 'all'} validation and test images per task", flush=True)
+    print(f"subsets: {len(result.todo)} subsets of {len(names)} tasks, {images} forward passes, at most "
+          f"{settings['images_per_task'] or 'all'} validation and test inputs per task", flush=True)
 
     # ---------------------------------------------------- lambda = 0 and the single tasks, on the same images
     evaluator = study.evaluator(images, study.recipe["linear"])
