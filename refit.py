@@ -94,7 +94,7 @@ def main(args):
     merged = merging.merge(args.rule, study.source, names, study.encoder, study.seed, study.device)
     evaluator.use_vectors([merged])
     state = result.state() or {"rates": [], "seconds": 0.0}            # {way: {task: rate}} of each lambda
-    fits = {}                                              # heads; of a run that goes on its own
+    fits = {}                                              # heads; a run that goes on has its own only
     for k in range(len(state["rates"]), len(lambdas)):
         start, lam, rates = time.perf_counter(), lambdas[k], {way: {} for way in WAYS}
         for name, task in tasks.items():
