@@ -291,7 +291,7 @@ def test_damaged_downloads_are_deleted_and_refused(tmp_path, monkeypatch):
     assert len(list(blobs.iterdir())) == 1 and not damaged.exists()
 
 
-TWICE = """  # one process that tries twice, the second time when a line comes: imports take most of the time
+TWICE = """  # one process that tries when a line comes, and once more: imports take most of the time
 import sys
 from pathlib import Path
 import common
@@ -305,25 +305,24 @@ def load():
     return encoders.load_encoder(sys.argv[3], Path(sys.argv[2]), image_size=32).name
 
 for _ in range(2):
+    sys.stdin.readline()
     try:
         print("made", globals()[sys.argv[1]](), flush=True)
     except files.Refused as refusal:
         print("refused", " ".join(str(refusal).split()), flush=True)
-    sys.stdin.readline()
 """
 
 
 @contextlib.contextmanager
 def trying(*words, **options):
-    """A function that makes one process try, the second time again, and returns what it says of that."""
+    """A function that makes one process try, from when it is called on, and returns what it says of that."""
     command = [sys.executable, "-u", "-c", TWICE, *map(str, words)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
 
     def tried():
-        said = next(line for line in process.stdout if line.startswith(("made", "refused")))
-        process.stdin.write("again\n")
+        process.stdin.write("try\n")
         process.stdin.flush()
-        return said
+        return next(line for line in process.stdout if line.startswith(("made", "refused")))
 
     with process:
         yield tried
