@@ -35,6 +35,7 @@ SHAPE = {"d_model": 128, "d_kv": 32, "d_ff": 384, "num_heads": 4, "num_layers": 
 VOCABULARY, SENTINELS = 8000, 20
 LONGEST = 128                                               # tokens read, of a longer text the first
 LEFT_OUT, SPAN = 0.15, 3                                    # share of a text's tokens, mean length of a gap
+PART = 16                                                   # texts filled up to one length, of a batch
 CLIP_NORM, WEIGHT_DECAY = 1.0, 0.01
 SAVE_EVERY, SAY_EVERY = 250, 100                            # steps
 
@@ -110,12 +111,16 @@ def main(args):
             rng = np.random.default_rng([args.seed, step])
             pairs = [with_gaps(gapped[row], rng) for row in rng.integers(len(gapped), size=args.batch_size)]
             pairs += [(read[row], said[row]) for row in rng.integers(len(read), size=args.batch_size)]
-            inputs = filled_up([pair[0] for pair in pairs], device)
-            labels = filled_up([pair[1] for pair in pairs], device)
+            pairs.sort(key=lambda pair: len(pair[0]))
+            tokens, loss = sum(len(said) for _, said in pairs), 0.0
+            for first in range(0, len(pairs), PART):
+                inputs, labels = (filled_up(rows, device) for rows in zip(*pairs[first:first + PART]))
+                labels = labels.masked_fill(labels == 0, -100)
+                part = model(input_ids=inputs, attention_mask=inputs != 0, labels=labels).loss
+                part = part * (labels != -100).sum() / tokens
+                part.backward()
+                loss += part.detach()
             optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr)
-            loss = model(input_ids=inputs, attention_mask=inputs != 0,
-                         labels=labels.masked_fill(labels == 0, -100)).loss
-            loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
             optimizer.step()
             optimizer.zero_grad()
