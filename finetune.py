@@ -300,9 +300,8 @@ def train(forward, module, encoder, task, head, recipe, plan, amp=False, state=N
         # of which stochastic depth draws, in a training that goes on as in one that was never killed
         torch.manual_seed((plan["seed"] * plan["steps"] + step) % 2 ** 63)
         optimizer.param_groups[0]["lr"] = learning_rate(step, plan["steps"], plan["lr"])
-        batch = encoder.augment(inputs[rows], generator)
         total = 0.0                                        # the mean loss of the step
-        for part, answers in zip(batch.split(micro_batch), labels[rows].split(micro_batch), strict=True):
+        for part, answers in encoder.training_parts(inputs[rows], labels[rows], micro_batch, generator):
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 features = forward(part)                   # (micro-batch, D)
             loss = F.cross_entropy(logits(features, head), answers)

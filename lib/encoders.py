@@ -65,6 +65,10 @@ class Encoder:
         """(B, 3, s, s) uint8 on its device -> (B, 3, S, S) float32, each a random crop, normalised."""
         return images.normalise(images.random_resized_crop(stored, self.size, generator), self.mean, self.std)
 
+    def training_parts(self, stored, labels, size, generator):
+        """[((b, 3, S, S), (b,))]: a step's images, augmented, and labels, no more than `size` at a time."""
+        return zip(self.augment(stored, generator).split(size), labels.split(size), strict=True)
+
     def example(self, n, stored=None):
         """Input of the right shape and dtype for the module, n of them, whatever shape is stored."""
         return torch.zeros(n, 3, self.size, self.size)

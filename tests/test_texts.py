@@ -1,4 +1,5 @@
 """Encoders of texts against transformers' own forward pass, and texts through every stage."""
+import copy
 import json
 import shutil
 from unittest import mock
@@ -10,6 +11,7 @@ import numpy as np
 import pretrain_t5
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from conftest import edit, perform, refuse
 from safetensors.torch import load_file
@@ -188,6 +190,26 @@ def test_what_a_text_is_filled_up_with_changes_nothing(small_bert, t5, data, tmp
         with torch.no_grad():
             bare = one.module(tokens[:, :longest])
             torch.testing.assert_close(bare, one.module(tokens), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [64, 5])
+def test_a_step_goes_through_in_parts_of_like_length(small_bert, data, tmp_path, size):
+    """Every text once, with its label, and the gradient is the whole step's."""
+    task = common.load_task("rte", str(data / "rte"), small_bert, tmp_path)
+    tokens = stored(task)[:30]
+    labels, module = torch.arange(30) % small_bert.width, copy.deepcopy(small_bert.module)
+    F.cross_entropy(module(tokens), labels).backward()
+    whole = [parameter.grad.clone() for parameter in module.parameters()]
+    module.zero_grad()
+    parts = list(small_bert.training_parts(tokens, labels, size, torch.Generator()))
+    for part, answers in parts:
+        (F.cross_entropy(module(part), answers) * len(part) / 30).backward()
+        longest = (part != small_bert.description["architecture"]["pad"]).sum(1).max()
+        assert longest <= part.shape[1] <= longest + 7 and len(part) <= min(size, 8)
+    assert sorted(answer for _, answers in parts for answer in answers.tolist()) == labels.sort()[0].tolist()
+    assert sum(part.numel() for part, _ in parts) < .6 * tokens.numel()
+    for gradient, parameter in zip(whole, module.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
 
 
 # --------------------------------------------------------------------------------------- the evaluator
