@@ -92,8 +92,6 @@ def one_small_square_size(encoded, side):
 
 def decode_split(name, split, cells, native, side, path):
     """Decode `cells` in threads into .npy, (N, 3, s, s) uint8: the centre square, bicubic unless native."""
-    target = native or side
-
     def decode(index, cell):
         try:
             image = as_seen(open_image(cell))
@@ -101,15 +99,9 @@ def decode_split(name, split, cells, native, side, path):
             reason = f"{type(error).__name__}: {error}"
             message = f"task {name}: image {index} of split {split} cannot be decoded ({reason})"
             raise Refused(message[:300]) from error
-        if not native:
-            width, height = image.size
-            square = min(width, height)
-            left, top = (width - square) / 2, (height - square) / 2
-            box = (left, top, left + square, top + square)
-            image = image.resize((target, target), Image.Resampling.BICUBIC, box=box)
-        return np.asarray(image).transpose(2, 0, 1)
+        return as_array(image if native else centre_square(image, side))
 
-    shape = (len(cells), 3, target, target)
+    shape = (len(cells), 3, native or side, native or side)
     pixels = new_array(path, shape, np.uint8)
     with ThreadPoolExecutor() as pool, progress(len(cells), f"decode {name} {split}", "img") as bar:
         for start in range(0, len(cells), 512):
@@ -119,6 +111,26 @@ def decode_split(name, split, cells, native, side, path):
             bar.update(len(block))
     pixels.flush()
     return pixels
+
+
+def centre_square(image, side):
+    """The centre square of a PIL image, resized to `side` pixels, bicubic."""
+    width, height = image.size
+    square = min(width, height)
+    left, top = (width - square) / 2, (height - square) / 2
+    box = (left, top, left + square, top + square)
+    return image.resize((side, side), Image.Resampling.BICUBIC, box=box)
+
+
+def as_array(image):
+    """(3, s, s) uint8 of a square PIL image in RGB."""
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def as_stored(image, side):
+    """(3, s, s) uint8 of one RGB PIL image: as it is where it is a small square, else its centre square."""
+    small = image.width == image.height <= side
+    return as_array(image if small else centre_square(image, side))
 
 
 # --------------------------------------------------------------------------------------- on the device

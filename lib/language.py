@@ -47,7 +47,7 @@ class TextEncoder:
         return stored
 
     def training_parts(self, stored, labels, size, generator):
-        """[((b, l), (b,))]: a step's texts and labels, of like length together, no more than `size` at a time.
+        """[((b, l), (b,))]: a step's texts and labels, of like length together, at most `size` at a time.
 
         A quarter of the step at most, filled up to its own longest text: two to three times fewer tokens.
         """

@@ -31,10 +31,10 @@ RESULT = {"probe": "tiny/probe.json", "finetune": "tiny/aligned/finetune.json",
           "disentangle": "tiny/aligned/disentangle.json"}
 
 
-def stage(*words, env=None, cwd=ROOT):
+def stage(*words, env=None, cwd=ROOT, input=None):
     """Run a command in the repository as a user would; returns the finished process with its text output."""
     return subprocess.run([str(word) for word in words], cwd=cwd, env=env or os.environ, capture_output=True,
-                          text=True)
+                          text=True, input=input)
 
 
 def snapshot(folder):

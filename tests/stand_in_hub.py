@@ -11,9 +11,11 @@ A stand-in for the Hugging Face hub on loopback, so that downloads are tested wi
 It answers what datasets.load_dataset, timm.create_model(pretrained=True) and huggingface_hub's
 hf_hub_download and snapshot_download ask: a file or a range of it (resolve), repository information,
 listings (tree, paths-info); plain HTTP, never xet. For a missing repository the real hub tells an anonymous
-client 401, and it redirects to another host for large files; the clients come to the same end.
+client 401, and it redirects to another host for large files; the clients come to the same end. `receive` is a
+hub that takes what upload_folder sends.
 """
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -153,10 +155,54 @@ def serve(repositories):
         def log_message(self, *message):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    with serving(Handler) as url:
+        yield url, seen
+
+
+@contextlib.contextmanager
+def serving(handler):
+    """Yields the address of a server on loopback that runs while the block does."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", seen
+        yield f"http://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextlib.contextmanager
+def receive():
+    """A hub that takes one repository's files while the block runs, each in the commit itself.
+
+    Yields   (url, got): the value for HF_ENDPOINT, and {path: bytes} of what was uploaded so far
+    """
+    got = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            said = {"errors": [], "warnings": []}          # of the card
+            if self.path == "/api/repos/create":
+                said = {"url": "{url}/{organization}/{name}".format(url=url, **json.loads(body))}
+            elif "/preupload/" in self.path:
+                said = {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                                  for file in json.loads(body)["files"]]}
+            elif "/commit/" in self.path:
+                for entry in map(json.loads, body.splitlines()):
+                    if entry["key"] == "file":
+                        got[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+                said = {"commitUrl": f"{url}/user/name/commit/1", "commitOid": "1" * 40}
+            said = json.dumps(said).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(said)))
+            self.end_headers()
+            self.wfile.write(said)
+
+        def log_message(self, *message):
+            pass
+
+    with serving(Handler) as url:
+        yield url, got

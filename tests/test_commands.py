@@ -19,19 +19,19 @@ from lib.comparisons import PUBLISHED
 SCHEMES = ["pretrain", "pretrain_mae", "pretrain_dino", "pretrain_contrastive"]
 SCRIPTS = [*SCHEMES, "pretrain_t5", "emergence", "probe", "finetune", "make_vectors", "merge_eval",
            "disentangle", "subsets", "posthoc", "precision", "refit", "coefficients", "negate", "report",
-           "bench"]
+           "bench", "predict", "bundle"]
 PRINTED = re.compile(r"^(?:#   |    )(?:torchrun --nproc-per-node \d+ |python )(\w+)\.py(.*)$", re.M)
 ELSEWHERE = {  # executed by other tests, on what they make
     "finetune vit_b16_clip_laion2b --recipe zeroshot": "test_text_heads.py",
     "probe vit_b16_dino": "test_encoders_and_hub.py, from a stand-in hub",
     "probe transformers:NAME --tasks cola,sst2": "test_encoders_and_hub.py, from a stand-in hub",
-    "pretrain_t5 FOLDER --data DIR --tasks cola,sst2": "test_texts.py",
     "pretrain_t5 runs/small-t5 --data DIR --tasks cola,sst2,mrpc,rte,stsb,qqp": "test_texts.py",
     "probe transformers:small/t5 --weights runs/small-t5 --data DIR --tasks cola,sst2,mrpc": "test_texts.py",
     "finetune transformers:small/t5 --recipe zeroshot": "test_texts.py",
     "emergence": "test_emergence.py, small", "emergence --seeds 1": "test_emergence.py, small",
     "emergence --seeds 0 --schemes random,mae --checkpoints 400": "test_emergence.py, small",
     "bench": "below, at a size that takes seconds",
+    "bundle tiny runs/bundle": "test_predict.py, as all of predict's and bundle's",
     "refit tiny": "test_refit.py", "coefficients tiny": "test_refit.py", "negate tiny": "test_negate.py",
 }
 SMALL = {  # settings behind what is printed; of two the last counts
@@ -59,7 +59,7 @@ def printed_commands():
 
 
 COMMANDS = [command for command in printed_commands()
-            if command not in ELSEWHERE and command.split()[0] != "bench"]
+            if command not in ELSEWHERE and command.split()[0] not in ("bench", "predict", "bundle")]
 
 
 def test_every_stage_prints_a_command():

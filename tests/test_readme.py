@@ -8,7 +8,7 @@ from conftest import ROOT
 
 STAGES = ["pretrain", "pretrain_mae", "pretrain_dino", "pretrain_contrastive", "emergence", "probe",
           "finetune", "make_vectors", "merge_eval", "disentangle", "subsets", "posthoc", "precision",
-          "refit", "coefficients", "negate", "report", "bench", "lib.generated"]
+          "refit", "coefficients", "negate", "report", "bench", "predict", "bundle", "lib.generated"]
 TEXTS = ["README.md", "run_all.sh", *(f"{name.replace('.', '/')}.py" for name in STAGES)]
 PRINTED = r"^(?:#   |    )(?:python|torchrun --nproc-per-node \d+) (?:-m )?([\w.]+?)(?:\.py)?(?: +(.*))?$"
 
