@@ -28,13 +28,14 @@ from predict import open_merge
 
 EXAMPLE = """\
 import json, timm, torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 encoder = timm.create_model("local-dir:FOLDER", pretrained=True).eval()         # or hf-hub:USER/NAME
 heads, tasks = load_file("FOLDER/heads.safetensors"), json.load(open("FOLDER/config.json"))["tasks"]
 look = timm.data.create_transform(**timm.data.resolve_model_data_config(encoder))
+picture = ImageOps.fit(Image.open("PICTURE").convert("RGB"), (SIDE, SIDE))      # its centre square
 with torch.no_grad():
-    feature = encoder(look(Image.open("PICTURE").convert("RGB"))[None])[0]
+    feature = encoder(look(picture)[None])[0]
 for task, about in tasks.items():
     scale = feature.norm() if about["normalise"] else 1
     scores = heads[f"{task}.weight"] @ (feature / scale) + heads.get(f"{task}.bias", 0)
@@ -83,6 +84,8 @@ def main(args):
         heads |= {f"{name}.{part}": tensor.contiguous() for part, tensor in head_tensors(head).items()}
     save_file(heads, place / "heads.safetensors")
     (place / "README.md").write_text(card(args, opened))
+    for path in place.iterdir():                           # safetensors' files are their owner's alone
+        path.chmod((place / "README.md").stat().st_mode)
     place.rename(args.folder)
 
     # ---------------------------------------------------- say, push
@@ -138,7 +141,8 @@ def card(args, opened):
             f"pictures of {encoder.size} pixels, forward pass in {merge['config']['dtype']}, seed "
             f"{merge['config']['seed']}. Method: arXiv:2511.14569.")
     blocks = [("h1", f"{args.encoder}, {args.name}: one encoder, {len(opened.heads)} tasks"), ("p", about),
-              ("table", rows), ("p", made), ("h2", "Use"), ("p", f"```python\n{EXAMPLE}```")]
+              ("table", rows), ("p", made), ("h2", "Use"),
+              ("p", "```python\n" + EXAMPLE.replace("SIDE", str(encoder.side)) + "```")]
     return "\n".join(front) + "\n" + pages.as_markdown(blocks, Path())
 
 

@@ -10,7 +10,8 @@ What do pictures show? One pass through the merged encoder, every task's head on
 
 A folder gives all pictures below it, `-` the paths on standard input, a line each. A picture that cannot be
 read is named, the others go on, and the exit code is 1. What is said of a picture is what merge_eval.py
-counted: the same vectors, heads, evaluator.
+counted: the same vectors, heads, evaluator. In bf16 a compiled pass may differ from an eager one on a picture
+in 500.
 
 Reads   runs/ENCODER/pretrained.safetensors, heads/, NAME/merge.json (merge_eval.py), and NAME/vectors/ of the
         variant that was merged

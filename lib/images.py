@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 from lib.devices import make_room
 from lib.files import Refused, new_array
@@ -99,7 +99,7 @@ def decode_split(name, split, cells, native, side, path):
             reason = f"{type(error).__name__}: {error}"
             message = f"task {name}: image {index} of split {split} cannot be decoded ({reason})"
             raise Refused(message[:300]) from error
-        return as_array(image if native else centre_square(image, side))
+        return as_array(image if native else ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC))
 
     shape = (len(cells), 3, native or side, native or side)
     pixels = new_array(path, shape, np.uint8)
@@ -113,15 +113,6 @@ def decode_split(name, split, cells, native, side, path):
     return pixels
 
 
-def centre_square(image, side):
-    """The centre square of a PIL image, resized to `side` pixels, bicubic."""
-    width, height = image.size
-    square = min(width, height)
-    left, top = (width - square) / 2, (height - square) / 2
-    box = (left, top, left + square, top + square)
-    return image.resize((side, side), Image.Resampling.BICUBIC, box=box)
-
-
 def as_array(image):
     """(3, s, s) uint8 of a square PIL image in RGB."""
     return np.asarray(image).transpose(2, 0, 1)
@@ -130,7 +121,7 @@ def as_array(image):
 def as_stored(image, side):
     """(3, s, s) uint8 of one RGB PIL image: as it is where it is a small square, else its centre square."""
     small = image.width == image.height <= side
-    return as_array(image if small else centre_square(image, side))
+    return as_array(image if small else ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC))
 
 
 # --------------------------------------------------------------------------------------- on the device
