@@ -259,8 +259,10 @@ def by_shape(pixels):
 def classified(features, head, classes, top):
     """[[(class, probability)]] of features (N, D): the `top` likeliest classes, the likeliest first."""
     values, places = logits(features, head).softmax(1).topk(min(top, len(classes)))
-    rows = zip(values.tolist(), places.tolist(), strict=True)
-    return [[(classes[k], p) for p, k in zip(chances, numbers, strict=True)] for chances, numbers in rows]
+    rows = []
+    for chances, numbers in zip(values.tolist(), places.tolist(), strict=True):
+        rows.append([(classes[k], chance) for k, chance in zip(numbers, chances, strict=True)])
+    return rows
 
 
 def print_lines(path, answer):
