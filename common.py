@@ -27,6 +27,7 @@ from lib.devices import compile_module, evaluation_batch, tensor_float
 from lib.encoders import weights_of
 from lib.files import Refused, load_tensors, save_tensors
 from lib.progress import progress
+from lib.reading import place_and_columns
 
 # --------------------------------------------------------------------------------------- tasks
 
@@ -40,6 +41,7 @@ class Registered(NamedTuple):
     takes: str = "images"  # or "texts"
     test: str = "test"     # the split that is tested on; GLUE keeps the labels of its own test splits
     scores: bool = False   # labels are numbers, the nearest whole one is the class
+    sure: bool = True      # the counts are this copy's; else the published ones, and others are only told
 
 
 TASKS = {
@@ -52,6 +54,21 @@ TASKS = {
     "sun397": Registered("tanganke/sun397", None, 19850, 19850, 397),
     "svhn": Registered("ufldl-stanford/svhn", "cropped_digits", 73257, 26032, 10),
 }
+MORE_TASKS = {             # with the eight the 14 and 20 tasks of arXiv:2405.07813
+    "cifar100": Registered("uoft-cs/cifar100", None, 50000, 10000, 100),
+    "stl10": Registered("tanganke/stl10", None, 5000, 8000, 10, sure=False),
+    "flowers102": Registered("dpdl-benchmark/oxford_flowers102", None, 1020, 6149, 102, sure=False),
+    "oxford-iiit-pet": Registered("timm/oxford-iiit-pet", None, 3680, 3669, 37, sure=False),
+    "pcam": Registered("1aurent/PatchCamelyon", None, 262144, 32768, 2, sure=False),
+    "fer2013": Registered("clip-benchmark/wds_fer2013", None, 28709, 7178, 7, sure=False),
+    "emnist_letters": Registered("tanganke/emnist_letters", None, 88800, 14800, 26, sure=False),
+    "cifar10": Registered("uoft-cs/cifar10", None, 50000, 10000, 10),
+    "food101": Registered("ethz/food101", None, 75750, 25250, 101, test="validation"),
+    "fashion_mnist": Registered("zalando-datasets/fashion_mnist", None, 60000, 10000, 10),
+    "rendered-sst2": Registered("nateraw/rendered-sst2", None, 6920, 1821, 2, sure=False),
+    "kmnist": Registered("tanganke/kmnist", None, 60000, 10000, 10, sure=False),
+}
+GROUPS = {"paper8": [*TASKS], "paper14": [*TASKS, *list(MORE_TASKS)[:6]], "paper20": [*TASKS, *MORE_TASKS]}
 GLUE = "nyu-mll/glue"
 TEXT_TASKS = {
     "cola": Registered(GLUE, "cola", 8551, 1043, 2, "texts", "validation"),
@@ -62,7 +79,7 @@ TEXT_TASKS = {
     "sst2": Registered(GLUE, "sst2", 67349, 872, 2, "texts", "validation"),
     "stsb": Registered(GLUE, "stsb", 5749, 1500, 6, "texts", "validation", scores=True),
 }
-REGISTERED = TASKS | TEXT_TASKS
+REGISTERED = TASKS | MORE_TASKS | TEXT_TASKS
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +104,7 @@ class Task(NamedTuple):
 def task_sources(words, data=None, recorded=None):
     """{task: source} for the words of --tasks; a source is "generated", the path of a folder, or a hub id.
 
+    words     NAME, NAME=PLACE, NAME=PLACE:IMAGE:LABEL (its columns, kept in the source), or one of GROUPS
     data      folder of --data, looked into before the hub
     recorded  {task: source} of an earlier stage, which a name alone means again
     Errors   Refused: an unknown name (near names are given), one that could not be a folder, one given twice
@@ -94,16 +112,19 @@ def task_sources(words, data=None, recorded=None):
     if data and not data.is_dir():
         raise Refused(f"--data {data} is not a folder")
     sources = {}
-    for word in words.split(","):
-        name, _, given = word.strip().partition("=")
+    words = [word.strip() for word in words.split(",")]
+    for word in itertools.chain(*[GROUPS.get(word, [word]) for word in words]):
+        name, _, given = word.partition("=")
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
             raise Refused(f"--tasks: {name!r} is no task name (letters, digits, _ . - only)")
         if name in sources:
             raise Refused(f"--tasks names a task twice: {name}")
+        given, columns = place_and_columns(given)
         if given and (given.startswith((".", "/", "~")) or Path(given).exists()):
-            sources[name] = str(Path(os.path.expanduser(given)).resolve())
+            folder = str(Path(os.path.expanduser(given)).resolve())
+            sources[name] = ":".join([folder, *columns])
         elif given:
-            sources[name] = given
+            sources[name] = ":".join([given, *columns])
         elif data and (data / name).is_dir():
             sources[name] = str((data / name).resolve())
         elif recorded and name in recorded:
@@ -113,15 +134,16 @@ def task_sources(words, data=None, recorded=None):
         elif name in generated.TASKS:
             sources[name] = "generated"
         else:
-            known = [*REGISTERED, *generated.TASKS]
+            known = [*REGISTERED, *generated.TASKS, *GROUPS]
             if data:
                 known += sorted(path.name for path in data.iterdir())
             close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
             hint = f"; did you mean {' or '.join(close)}?" if close else ""
             raise Refused(f"unknown task {name!r}{hint} (known: {', '.join(known)}; "
                           f"any other as NAME=HUB_ID_OR_FOLDER)")
-        if Path(sources[name]).is_absolute() and not Path(sources[name]).is_dir():
-            raise Refused(f"task {name}: {given or sources[name]} is not a folder")
+        place, _ = place_and_columns(sources[name])
+        if Path(place).is_absolute() and not Path(place).is_dir():
+            raise Refused(f"task {name}: {place} is not a folder")
     return sources
 
 

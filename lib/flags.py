@@ -21,9 +21,10 @@ def stage_parser(docstring, dtypes=("auto", "bf16", "fp32")):
     parser.epilog = "\n".join(["prompts in which a T5 reads the tasks of GLUE (lib/texts.py):", *prompts])
     add = parser.add_argument
     add("encoder", help=f"{', '.join(ENCODERS)}, timm:NAME, open_clip:ARCH/TAG or transformers:NAME")
-    add("--tasks", help="comma-separated; NAME of a known task or of a folder in --data, or "
-                        "NAME=HUB_ID_OR_FOLDER (default: those of the stage before; probe.py: the encoder's "
-                        "own, else the paper's eight)")
+    add("--tasks", help="comma-separated; NAME of a known task or of a folder in --data, "
+                        "NAME=HUB_ID_OR_FOLDER, NAME=HUB_ID_OR_FOLDER:IMAGE_COLUMN:LABEL_COLUMN, paper8, "
+                        "paper14 or paper20 (default: those of the stage before; probe.py: the encoder's "
+                        "own, else paper8)")
     add("--data", type=folder, help="folder of data sets; DIR/NAME is looked for before the hub")
     add("--weights", type=Path,
         help="checkpoint file of the encoder, of transformers:NAME its folder, for machines without a hub")

@@ -5,9 +5,10 @@ files say.
 import errno
 import glob
 import math
+import re
 import unicodedata
 import warnings
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -15,10 +16,22 @@ from lib import hub
 from lib.encoders import near
 from lib.files import Refused
 
-READING = 2        # raise it where the same files would be read as other inputs or labels than before
-LABEL_COLUMNS = "label", "labels"
+READING = 3        # raise it where the same files would be read as other inputs or labels than before
+# the columns that say what an input is: the first line of which a data set has one, then its only column of
+# named classes; the last are of CIFAR-100 and of webdatasets
+LABEL_COLUMNS = {"label", "labels"}, {"fine_label"}, {"cls"}
 SPLIT_FOLDERS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test",
-                 "evaluation": "test"}
+                 "evaluation": "test", "val": "validation", "valid": "validation",
+                 "validation": "validation", "dev": "validation"}
+WORDS = re.compile(rf"(?<![a-z])({'|'.join(SPLIT_FOLDERS)})(?![a-z])", re.IGNORECASE)
+
+
+def place_and_columns(source):
+    """(folder or hub id, [input columns..., label column]) of a source PLACE or PLACE:INPUT:LABEL."""
+    place, *columns = [source] if Path(source).is_dir() else source.split(":")
+    if len(columns) == 1 or not all(columns):
+        raise Refused(f"--tasks: {source} names other than two columns or more: NAME=PLACE:IMAGE:LABEL")
+    return place, columns
 
 
 def read_dataset(name, source, registered, encoder):
@@ -26,41 +39,109 @@ def read_dataset(name, source, registered, encoder):
 
     encoder  what inputs it takes, and how their columns are found (input_columns) and read (cells)
     The classes are those that train's feature names, else the names or numbers that occur in train, in order.
+    Validation is tested on where there is no test; of a split alone a fifth of each class is.
     """
-    found = fetch(name, source, registered.config if registered else None)
-    if registered and registered.test in found:
-        found = found | {"test": found[registered.test]}
-    if not {"train", "test"} <= set(found):
-        raise Refused(f"task {name}: {source} has splits {', '.join(found)}; train and test are needed")
-    encoded, named, classes, columns = {}, {}, None, None
-    for split in ("train", "test"):
-        features = found[split].features
-        missing = [column for column in columns or () if column not in features]
+    place, asked = place_and_columns(source)
+    found = two_splits(name, place, fetch(name, place, registered.config if registered else None),
+                       registered.test if registered else "test")
+    first = next(iter(found))
+    columns, label = pick_columns(f"task {name}: split {first} of {place}", found[first].features, asked,
+                                  encoder)
+    named, classes = {}, None
+    for split, rows in found.items():
+        missing = [column for column in (*columns, label) if column not in rows.features]
         if missing:
-            raise Refused(f"task {name}: split {split} of {source} has no column {missing[0]!r} as train has"
-                          f"{near(missing[0], list(features), 0.5)}")
-        columns = columns or encoder.input_columns(features)
-        label_columns = [column for column in features if column in LABEL_COLUMNS]
-        if not columns or len(label_columns) != 1:
-            hint = "" if label_columns else near("label", list(features), 0.7)
-            raise Refused(f"task {name}: split {split} of {source} needs {encoder.wants} and one column "
-                          f"`label`, found {', '.join(features)}{hint}")
-        named[split], declared = read_labels(f"task {name}: split {split}", found[split], *label_columns,
-                                             encoder.takes, registered and registered.scores)
-        classes = classes or declared or sorted(set(named["train"]))
-        encoded[split] = encoder.cells(found[split], columns)
+            raise Refused(f"task {name}: split {split} of {place} has no column {missing[0]!r} as {first} has"
+                          f"{near(missing[0], list(rows.features), 0.5)}")
+        named[split], declared = read_labels(f"task {name}: split {split}", rows, label, encoder.takes,
+                                             registered and registered.scores)
+        classes = classes or declared or sorted(set(named[first]))
+    if len(found) == 1:
+        rows, each = found.pop(first), named.pop(first)
+        parts = eighty_twenty(f"task {name}: split {first}", each)
+        for split, part in parts.items():
+            found[split], named[split] = rows.select(part), [each[row] for row in part]
+        print(f"task {name}: {place} has one split, {first}: a random fifth of each class is test, "
+              f"{len(parts['train']):,} and {len(parts['test']):,} {encoder.takes}", flush=True)
+    encoded = {split: encoder.cells(rows, columns) for split, rows in found.items()}
+    if not declared and isinstance(classes[0], str):
+        print(f"task {name}: {len(classes)} classes by name, sorted: {', '.join(classes[:3])}"
+              f"{', ...' if len(classes) > 3 else ''}", flush=True)
     labels = {split: class_numbers(name, split, named[split], classes) for split in named}
-    counts = (len(labels["train"]), len(labels["test"]), len(classes))
-    if registered and counts != registered[2:5]:
-        there = (f"task {name}: {source} has {counts[0]} train and {counts[1]} test {encoder.takes} in "
-                 f"{counts[2]} classes; {name} is {registered.n_train} and {registered.n_test} in "
-                 f"{registered.n_classes}")
-        # by a name of GLUE go prompts and label words, which hold for a piece of it too
-        piece = encoder.takes == "texts" and source != registered.hub_id and counts[2] == registered.n_classes
-        if not piece:
-            raise Refused(f"{there}: this is another data set, give it another name (OTHER={source})")
-        print(there, flush=True)
+    check_counts(name, place, registered, (len(labels["train"]), len(labels["test"]), len(classes)), encoder)
     return encoded, labels, classes
+
+
+def two_splits(name, place, found, wanted):
+    """{"train": rows, "test": rows} of the splits {name: rows} of a data set; its only split as it is.
+
+    wanted  the split that is tested on; where there is none, validation is
+    """
+    kinds = {split: SPLIT_FOLDERS.get(split) for split in found}
+    if len(found) == 1 and "test" not in kinds.values():
+        return found
+    validation = next((split for split, kind in kinds.items() if kind == "validation"), None)
+    test = wanted if wanted in found else "test" if "test" in found else validation
+    if "train" not in found or not test:
+        raise Refused(f"task {name}: {place} has splits {', '.join(found)}; train and test are needed "
+                      f"(or validation in place of test, or one split to be cut in two)")
+    if test != wanted:
+        print(f"task {name}: {place} has no {wanted} split, {test} is tested on", flush=True)
+    return {"train": found["train"], "test": found[test]}
+
+
+def eighty_twenty(which, classes):
+    """{"train", "test"}: row numbers, ascending; a random fifth of each class, rounded down, is test.
+
+    classes  [class of each row]; the same classes are always cut alike
+    Errors   Refused: fewer than 10 rows to test on
+    """
+    generator, rows_of, test = np.random.default_rng(0), {}, []
+    for row, each in enumerate(classes):
+        rows_of.setdefault(each, []).append(row)
+    for each in sorted(rows_of):
+        test += generator.permutation(rows_of[each])[:len(rows_of[each]) // 5].tolist()
+    if len(test) < 10:
+        raise Refused(f"{which} is the only one, and a fifth of each of its {len(rows_of)} classes is "
+                      f"{len(test)} rows in all; at least 10 are needed to test on")
+    return {"train": sorted(set(range(len(classes))) - set(test)), "test": sorted(test)}
+
+
+def pick_columns(which, features, asked, encoder):
+    """([input columns], label column) among a split's features: those asked for, else the rule's."""
+    if asked:
+        missing = [column for column in asked if column not in features]
+        if missing:
+            raise Refused(f"{which} has no column {missing[0]!r}{near(missing[0], list(features), 0.5)} "
+                          f"(it has {', '.join(features)})")
+        return asked[:-1], asked[-1]
+    columns = encoder.input_columns(features)
+    for names in (*LABEL_COLUMNS, {column for column, kind in features.items() if hasattr(kind, "names")}):
+        labels = [column for column in features if column in names]
+        if labels:
+            break
+    if not columns or len(labels) != 1:
+        hint = "" if labels else near("label", list(features), 0.7)
+        raise Refused(f"{which} needs {encoder.wants} and one column `label`, found {', '.join(features)}"
+                      f"{hint}: name them, as in NAME=PLACE:IMAGE:LABEL")
+    return columns, labels[0]
+
+
+def check_counts(name, place, registered, counts, encoder):
+    """Refused where (train, test, classes) are not those of a registered task; said where those are not sure.
+
+    A piece of a task of GLUE may have its name: by it go prompts and label words.
+    """
+    if not registered or counts == registered[2:5]:
+        return
+    there = (f"task {name}: {place} has {counts[0]} train and {counts[1]} test {encoder.takes} in "
+             f"{counts[2]} classes; {name} is {registered.n_train} and {registered.n_test} in "
+             f"{registered.n_classes}")
+    piece = encoder.takes == "texts" and place != registered.hub_id and counts[2] == registered.n_classes
+    unsure = not registered.sure and place == registered.hub_id
+    if not piece and not unsure:
+        raise Refused(f"{there}: this is another data set, give it another name (OTHER={place})")
+    print(there + " as published, which nobody has compared with this copy" * unsure, flush=True)
 
 
 def read_labels(which, rows, column, takes="images", scores=False):
@@ -157,36 +238,50 @@ def refuse_cache(which, error):
 
 
 def image_folder(source):
-    """{split: Dataset} of the pictures SPLIT/CLASS/*.jpg below a folder; {} where it holds no such pictures.
+    """{split: Dataset} of the pictures SPLIT/CLASS/*.jpg or CLASS/*.jpg below a folder; {}: there are none.
 
-    The first folder on the way down that is named like a split is the split, a picture's own its class.
+    The first folder on the way down that is named like a split is the split, all below it the class, which
+    may be several folders: church/indoor is not casino/indoor.
     `datasets` itself would find the split in names of classes (train_station) and of files.
     """
     import datasets
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-    pictures, depths = {}, {}
+    pictures = {}
     for path in sorted(Path(source).rglob("*"), key=str):
         folders = path.relative_to(source).parts[:-1]
         if path.suffix == ".parquet" or path.name in ImageFolder.METADATA_FILENAMES:
             return {}                                       # labels are in a table
         hidden = any(part.startswith((".", "__")) for part in (*folders, path.name))
-        place = next((place for place, part in enumerate(folders) if part in SPLIT_FOLDERS), None)
-        if place is None or hidden or path.suffix.lower() not in ImageFolder.EXTENSIONS:
+        if hidden or path.suffix.lower() not in ImageFolder.EXTENSIONS:
             continue
-        pictures.setdefault(SPLIT_FOLDERS[folders[place]], []).append(path)
-        depths.setdefault(len(folders) - place, path)
-    if len(depths) > 1:
-        raise Refused(f"{source}: pictures lie at different depths below their split, as "
-                      f"{' and '.join(map(str, depths.values()))}; SPLIT/CLASS/*.jpg is needed")
-    if 1 in depths:                                         # no folder between split and picture: no classes
-        return {}
-    found = {}
-    for split, paths in pictures.items():
+        place = next((place for place, part in enumerate(folders) if part.lower() in SPLIT_FOLDERS), None)
+        split = "all" if place is None else SPLIT_FOLDERS[folders[place].lower()]
+        inner = folders if place is None else folders[place + 1:]
         # one class whether its letters carry their accents (NFC) or are followed by them (NFD, of macOS)
-        classes = [unicodedata.normalize("NFC", path.parent.name) for path in paths]
+        each = unicodedata.normalize("NFC", str(PurePosixPath(*inner)))
+        pictures.setdefault(split, []).append((str(path), each))
+    others = [each for _, each in pictures.get("all", ())
+              if not ("/" in each and WORDS.search(each.partition("/")[0]))]
+    if set(pictures) == {"all"} and not others:             # train_2017/CLASS: `datasets` knows such names
+        return {}
+    outside = pictures.pop("all") if len(pictures) > 1 and "all" in pictures else []
+    if outside:
+        print(f"{source}: {len(outside):,} pictures below no folder named {' or '.join(pictures)} are left "
+              f"out, as {outside[0][0]}", flush=True)
+    found = {}
+    for split, pairs in pictures.items():
+        paths, classes = zip(*pairs, strict=True)
+        example = dict(zip(classes, paths, strict=True))
+        if set(example) == {"."}:                           # no folder between split and picture: no classes
+            return {}
+        for each in example:
+            above = [str(folder) for folder in PurePosixPath(each).parents if str(folder) in example]
+            if above:
+                raise Refused(f"{source}: pictures lie beside folders of pictures, as {example[above[0]]} "
+                              f"and {example[each]}: which folder is the class?")
         features = datasets.Features(image=datasets.Image(),
-                                     label=datasets.ClassLabel(names=sorted(set(classes))))
-        columns = {"image": [str(path) for path in paths], "label": classes}
+                                     label=datasets.ClassLabel(names=sorted(example)))
+        columns = {"image": list(paths), "label": list(classes)}
         found[split] = datasets.Dataset.from_dict(columns, features=features)
     return found
 
@@ -223,7 +318,7 @@ def parquet_features(split, paths):
     names = {}
     for path, schema in zip(paths, schemas, strict=True):
         features = datasets.Features.from_arrow_schema(schema)
-        classes = [getattr(features.get(column), "names", None) for column in LABEL_COLUMNS]
+        classes = [getattr(kind, "names", None) for kind in features.values()]
         names.setdefault(str(classes), path)
     if len(names) > 1:
         raise Refused(f"{' and '.join(names.values())} of split {split} name other classes or in another "

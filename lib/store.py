@@ -9,7 +9,7 @@ import numpy as np
 
 from lib import generated, ranks
 from lib.files import Refused, block_checksums, checksum, replacing, save_array
-from lib.reading import READING, read_dataset
+from lib.reading import READING, place_and_columns, read_dataset
 
 
 def stored_folder(name, source, registered, encoder, runs, seed):
@@ -40,12 +40,13 @@ def identify_source(source, seed):
     """What names a cache: the generator's code and seed, else READING with local files' times or a hub id."""
     if source == "generated":
         return ["generated", generated.code_fingerprint(), seed]
-    if not Path(source).is_absolute():
+    place, _ = place_and_columns(source)
+    if not Path(place).is_absolute():
         return [source, READING]
     files = []
-    for path in sorted(Path(source).rglob("*")):
+    for path in sorted(Path(place).rglob("*")):
         if path.is_file():
-            files.append([str(path.relative_to(source)), path.stat().st_size, path.stat().st_mtime_ns])
+            files.append([str(path.relative_to(place)), path.stat().st_size, path.stat().st_mtime_ns])
     return [source, READING, files]
 
 

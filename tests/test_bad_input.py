@@ -71,8 +71,9 @@ def break_parquet(folder):
 
 @pytest.mark.parametrize("make, said", [
     (lambda folder: folder.mkdir(), "does not load as a data set"),
-    (write_a_note, "train and test are needed"),
-    (break_nothing, "train and test are needed"),
+    (write_a_note, "needs one image column and one column `label`, found text"),
+    (lambda folder: image_folder(folder, n_train=0), "has splits test; train and test are needed"),
+    (break_nothing, "a fifth of each of its 2 classes is 2 rows in all; at least 10 are needed"),
     (break_image, "image 7 of split train cannot be decoded"),
     (break_parquet, "does not load as a data set"),
     (lambda folder: image_folder(folder, n_test=3), "at least 10 are needed"),
