@@ -33,7 +33,8 @@ from lib.files import Refused, checksum, fingerprint, load_state, save_state, sa
 from lib.parameters import PARTS, choose_parameters
 from lib.progress import progress
 from lib.study import open_study, run
-from lib.training import batches, check_search, choose_micro_batch, compare, learning_rate, search_task
+from lib.training import (batches, check_search, choose_micro_batch, compare, evaluate, learning_rate,
+                          search_task)
 from lib.vectors import head_file, task_vector
 
 LEARNING_RATES = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
@@ -347,21 +348,6 @@ def restore(path, module, head, optimizer, generator):
         tensor.data.copy_(saved["head"][name])
     generator.set_state(saved["generator"])
     return saved["step"], saved["seconds"]
-
-
-# --------------------------------------------------------------------------------------- after training
-
-
-def evaluate(evaluator, encoder, theta_t, task, head, splits):
-    """{split: accuracy, hits_split, n_split} of theta_pre + tau_t, the way merge_eval.py will meet it."""
-    _, tau_t = task_vector(weights_of(encoder.module), theta_t)
-    evaluator.use_vectors([tau_t])
-    counted = evaluator.hits([task.splits[split] for split in splits], [head] * len(splits), [(1.0,)])
-    row = {}
-    for split, [hits] in zip(splits, counted, strict=True):
-        n = len(task.splits[split])
-        row |= {split: hits / n, f"hits_{split}": hits, f"n_{split}": n}
-    return row
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ Task vectors tau_t = theta_t - theta_pre: their size, the angles between them, t
 
     python make_vectors.py tiny
     python make_vectors.py vit_b16_dino --name full
+    python make_vectors.py vit_b16_dino --from dtd=checkpoint.pth svhn=OWNER/NAME    # fine-tuned elsewhere
 
 Reads   runs/ENCODER/pretrained.safetensors, NAME/finetuned/TASK.safetensors, finetune.json (finetune.py)
 Writes  runs/ENCODER/NAME/vectors/TASK.safetensors, vectors.json, vectors.png, overlap.png, overlap_layers.png
@@ -16,7 +17,7 @@ import re
 import numpy as np
 import torch
 
-from common import mean
+from common import PROBES, mean
 from lib import flags, plots
 from lib.devices import make_room
 from lib.encoders import weights_of
@@ -32,11 +33,29 @@ BLOCK = re.compile(r"(model\.)?(en|de)coder\.(layer|block)\.\d+|model\.[^.]+|[^.
 def parse_args(argv=None):
     parser = flags.stage_parser(__doc__)
     flags.add_name(parser)
-    return parser.parse_args(argv)
+    add = parser.add_argument
+    add("--from", nargs="+", dest="checkpoints", metavar="NAME=CHECKPOINT",
+        help="encoders fine-tuned elsewhere, of tasks that are probed: a file, a folder or OWNER/NAME of the "
+             "hub each, or one with {} where the name of each of --tasks is (default: what finetune.py has "
+             "made)")
+    add("--head", choices=["probed", "own", "text"], default="probed",
+        help="of those encoders: probe.py's (default), their own classifier, or one of class names")
+    add("--probe", choices=PROBES, default="paper", help="which of probe.py's heads (default paper)")
+    args = parser.parse_args(argv)
+    if args.checkpoints:
+        args.name = args.name or "brought"
+    elif args.head != "probed" or args.probe != "paper":
+        parser.error("--head and --probe are for --from: finetune.json says what finetune.py trained against")
+    if args.checkpoints and args.of:
+        parser.error("--from makes a variant of its own: leave out --of")
+    return args
 
 
 def main(args):
     # ---------------------------------------------------- open
+    if args.checkpoints:
+        from lib.brought import bring
+        bring(args, __file__)
     study = open_study(args, __file__, "finetune.json")
     names, recipe, theta_pre = list(study.sources), study.recipe, weights_of(study.encoder.module)
     tuned, fingerprints = fine_tuned_files(study)

@@ -249,11 +249,14 @@ def section(variant, probe):
         searched = f" (searched on {finetune['search']['task']})" if "search" in finetune else ""
         library = "timm" if inputs_of(config) == "images" else "transformers"
         pixels = f"{config['image_size']} pixels; " if "image_size" in config else ""
+        how = "fine-tuned elsewhere"
+        if "steps" in config:
+            how = (f"fine-tuning {config['steps']} steps of {config['batch_size']} at {finetune['lr']:g}"
+                   f"{searched}")
         blocks.append(("p", f"Recipe {config['recipe']['name']}; {pixels}"
                             f"probing as the paper {probe['config']['steps']} steps at learning rate "
                             f"{probe['lr']:g}; trained against {config['recipe']['probe'] or 'other'} heads; "
-                            f"fine-tuning {config['steps']} steps of {config['batch_size']} at "
-                            f"{finetune['lr']:g}{searched}; seed {config['seed']}; "
+                            f"{how}; seed {config['seed']}; "
                             f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, "
                             f"{library} {machine[library]}, {machine['date']}."))
     if "merge.json" in variant:

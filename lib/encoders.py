@@ -177,12 +177,12 @@ def save_encoder(path, module, description, source=None):
     save_tensors(path, separate_weights(module), **description, source=source)
 
 
-def file_sha256(path):
+def file_sha256(path, flag="--weights"):
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise Refused(f"--weights {path} cannot be read ({error.strerror})") from error
+        raise Refused(f"{flag} {path} cannot be read ({error.strerror})") from error
 
 
 def weights_of(module):

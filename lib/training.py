@@ -6,8 +6,10 @@ import torch
 
 from common import mean
 from lib.devices import training_batch
+from lib.encoders import weights_of
 from lib.files import Refused, read_json
 from lib.linearized import batch_norms
+from lib.vectors import task_vector
 
 
 def learning_rate(step, steps, peak):
@@ -74,6 +76,8 @@ def compare(folder, rows, how, steps):
     for path in sorted(folder.glob("*/finetune.json")):
         other = read_json(path, "python finetune.py")
         as_named = path.parent.name == other["recipe"]["name"]             # not a variant of that recipe
+        if "cost" not in other:                            # fine-tuned elsewhere
+            continue
         if as_named and whole.items() <= other["recipe"].items() and set(rows) <= set(other["tasks"]):
             gaps = {name: other["tasks"][name]["test"] - row["test"] for name, row in rows.items()}
             ratios = {key: costs[key] / value for key, value in other["cost"].items()}
@@ -90,3 +94,15 @@ def median_cost(rows, steps):
     return {"trainable_params": int(median["trainable_params"]),
             "seconds_per_step": median["seconds"] / steps,
             "peak_memory_bytes": median["peak_memory_bytes"]}
+
+
+def evaluate(evaluator, encoder, theta_t, task, head, splits):
+    """{split: accuracy, hits_split, n_split} of theta_pre + tau_t, the way merge_eval.py will meet it."""
+    _, tau_t = task_vector(weights_of(encoder.module), theta_t)
+    evaluator.use_vectors([tau_t])
+    counted = evaluator.hits([task.splits[split] for split in splits], [head] * len(splits), [(1.0,)])
+    row = {}
+    for split, [hits] in zip(splits, counted, strict=True):
+        n = len(task.splits[split])
+        row |= {split: hits / n, f"hits_{split}": hits, f"n_{split}": n}
+    return row

@@ -32,6 +32,8 @@ ELSEWHERE = {  # executed by other tests, on what they make
     "emergence --seeds 0 --schemes random,mae --checkpoints 400": "test_emergence.py, small",
     "bench": "below, at a size that takes seconds",
     "bundle tiny runs/bundle": "test_predict.py, as all of predict's and bundle's",
+    "make_vectors vit_b16_dino --from dtd=CHECKPOINT": "test_brought.py",
+    "make_vectors vit_b16_dino --from dtd=checkpoint.pth svhn=OWNER/NAME": "test_brought.py",
     "refit tiny": "test_refit.py", "coefficients tiny": "test_refit.py", "negate tiny": "test_negate.py",
 }
 SMALL = {  # settings behind what is printed; of two the last counts
