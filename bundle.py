@@ -56,9 +56,13 @@ def parse_args(argv=None):
 
 def main(args):
     # ---------------------------------------------------- open
-    if args.folder.exists():
-        raise Refused(f"{args.folder} is there already: delete it, or give another folder")
     opened = open_merge(args.encoder, args.runs, args.name, torch.device("cpu"))
+    if args.folder.exists():
+        written = args.folder / "README.md"
+        if args.push and written.exists() and written.read_text() == card(args, opened):
+            push(args.folder, args.push)                   # an upload that failed is tried again
+            return
+        raise Refused(f"{args.folder} is there already: delete it, or give another folder")
     encoder, merge = opened.encoder, opened.merge
     architecture = encoder.description["architecture"]
     if merge["recipe"]["linear"]:

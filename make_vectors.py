@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from common import PROBES, mean
-from lib import flags, plots
+from lib import flags, plots, ranks
 from lib.devices import make_room
 from lib.encoders import weights_of
 from lib.files import Refused, file_metadata, load_tensors, require
 from lib.study import open_study, run
-from lib.vectors import norm, save_vector, task_vector, theta_fingerprint
+from lib.vectors import by_name, norm, save_vector, task_vector, theta_fingerprint
 
 RANK = 8  # singular directions compared per layer
 # parameters' names begin so: in transformers, else with one word and perhaps a number
@@ -68,11 +68,7 @@ def main(args):
     make_room(study.here, sum(path.stat().st_size for path in tuned.values()), "task vectors")
 
     # ---------------------------------------------------- tau_t, one task at a time
-    changed = [key for key in theta_pre if re.search(recipe["trained"], key)]
-    matrices = [key for key in changed
-                if theta_pre[key].ndim >= 2 and min(theta_pre[key].flatten(1).shape) >= 2 * RANK]
     norms, relative_norms, layers, norm_pre = {}, {}, {}, norm(theta_pre)
-    flat, subspaces = [], {key: [] for key in matrices}
     for name in names:
         theta_t, about = load_tensors(tuned[name], study.made_by, theta_pre=study.encoder.fingerprint,
                                       recipe=recipe)
@@ -84,19 +80,24 @@ def main(args):
                           f"try a larger --lr or more --steps")
         relative_norms[name] = norms[name] / norm_pre
         layers[name] = relative_norms_of_layers(tau_t, theta_pre)
-        flat.append(torch.cat([tau_t[key].flatten() for key in tau_t]))
-        for key in matrices:
-            update = tau_t[key].flatten(1).to(study.device if study.device.type == "cuda" else "cpu")
-            subspaces[key].append(leading_directions(update, RANK))
         print(f"vector {name}: norm {norms[name]:.4f}, relative to theta_pre {relative_norms[name]:.2e}",
               flush=True)
 
-    # ---------------------------------------------------- angles, and overlap of subspaces
-    cosine = cosines(flat)                                                             # (T, T)
-    per_layer = {key: pairwise(overlap_of, bases) for key, bases in subspaces.items()}    # (T, T) each
-    overlap = np.mean(list(per_layer.values()), axis=0).tolist() if matrices else None
-    chance = {key: RANK / min(theta_pre[key].flatten(1).shape) for key in matrices}
-    by_chance = mean(chance.values()) if matrices else None
+    # ---------------------------------------------------- angles, and overlap of subspaces, tensor by tensor
+    ranks.wait()                                           # until rank 0 has written them
+    products, overlaps = torch.zeros(len(names), len(names), dtype=torch.float64), {}
+    for key, updates in by_name([(path, study.made_by) for path in vectors]):
+        products += inner_products(updates)
+        large = updates[0].ndim >= 2 and min(updates[0].flatten(1).shape) >= 2 * RANK
+        if large and all(update.any() for update in updates):
+            device = study.device if study.device.type == "cuda" else "cpu"
+            bases = [leading_directions(update.flatten(1).to(device), RANK) for update in updates]
+            overlaps[key] = pairwise(overlap_of, bases)                                # (T, T)
+    cosine = cosines(products)                                                         # (T, T)
+    per_layer = {key: overlaps[key] for key in theta_pre if key in overlaps}
+    overlap = np.mean(list(per_layer.values()), axis=0).tolist() if per_layer else None
+    chance = {key: RANK / min(theta_pre[key].flatten(1).shape) for key in per_layer}
+    by_chance = mean(chance.values()) if per_layer else None
 
     # ---------------------------------------------------- save
     with result.saving():
@@ -105,10 +106,10 @@ def main(args):
             "cosine": cosine, "subspace_rank": RANK,
             "subspace_overlap": overlap, "subspace_overlap_by_chance": by_chance,
             "subspace_overlap_per_layer": per_layer, "subspace_overlap_by_chance_per_layer": chance,
-            "cosine_of_pairs": of_pairs(cosine), "overlap_of_pairs": of_pairs(overlap) if matrices else None}
+            "cosine_of_pairs": of_pairs(cosine), "overlap_of_pairs": of_pairs(overlap) if per_layer else None}
         title = f"{args.encoder}, {study.name}"
         plots.task_matrix(pictures[0], names, cosine, f"cosine of task vectors\n{title}")
-        if matrices:
+        if per_layer:
             plots.task_matrix(pictures[1], names, overlap,
                               f"overlap of rank-{RANK} subspaces, {by_chance:.2f} by chance\n{title}")
             plots.layer_matrices(pictures[2], by_block(per_layer), by_block(chance),
@@ -139,12 +140,17 @@ def overlap_of(a, b):
     return float((a.T @ b).square().sum() / a.shape[1])
 
 
-def cosines(vectors):
-    """(T, T) cosines of T vectors, float32 of any length, summed in double."""
-    products = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
-    for pieces in zip(*[vector.split(2 ** 20) for vector in vectors], strict=True):
+def inner_products(tensors):
+    """(T, T) inner products of T tensors of one shape, float32, summed in double."""
+    products = torch.zeros(len(tensors), len(tensors), dtype=torch.float64)
+    for pieces in zip(*[tensor.flatten().split(2 ** 20) for tensor in tensors], strict=True):
         block = torch.stack(pieces).double()               # (T, at most 2^20)
         products += block @ block.T
+    return products
+
+
+def cosines(products):
+    """(T, T) cosines of T vectors as lists, from their inner products."""
     lengths = products.diagonal().sqrt()
     return (products / torch.outer(lengths, lengths)).tolist()
 

@@ -111,15 +111,7 @@ def main(args):
             rng = np.random.default_rng([args.seed, step])
             pairs = [with_gaps(gapped[row], rng) for row in rng.integers(len(gapped), size=args.batch_size)]
             pairs += [(read[row], said[row]) for row in rng.integers(len(read), size=args.batch_size)]
-            pairs.sort(key=lambda pair: len(pair[0]))
-            tokens, loss = sum(len(said) for _, said in pairs), 0.0
-            for first in range(0, len(pairs), PART):
-                inputs, labels = (filled_up(rows, device) for rows in zip(*pairs[first:first + PART]))
-                labels = labels.masked_fill(labels == 0, -100)
-                part = model(input_ids=inputs, attention_mask=inputs != 0, labels=labels).loss
-                part = part * (labels != -100).sum() / tokens
-                part.backward()
-                loss += part.detach()
+            loss = backward(model, pairs, PART, device)
             optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr)
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
             optimizer.step()
@@ -143,6 +135,23 @@ def main(args):
     path.unlink(missing_ok=True)
     print(f"pretrain_t5: {args.steps} steps of {args.batch_size} + {args.batch_size}, loss "
           f"{loss.item():.2f}, {time.perf_counter() - start:.0f} s: {args.folder}")
+
+
+def backward(model, pairs, size, device):
+    """Mean loss over all tokens said in a batch [(what is read, what is said)], its gradient added up.
+
+    size  texts that go through the model at a time, those of like length together
+    """
+    pairs = sorted(pairs, key=lambda pair: len(pair[0]))
+    tokens, loss = sum(len(said) for _, said in pairs), 0.0
+    for first in range(0, len(pairs), size):
+        inputs, labels = (filled_up(rows, device) for rows in zip(*pairs[first:first + size]))
+        labels = labels.masked_fill(labels == 0, -100)
+        part = model(input_ids=inputs, attention_mask=inputs != 0, labels=labels).loss
+        part = part * (labels != -100).sum() / tokens
+        part.backward()
+        loss += part.detach()
+    return loss
 
 
 def make_tokenizer(lines):

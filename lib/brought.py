@@ -216,7 +216,10 @@ def theta_of(name, checkpoint, state, encoder):
     projection = state.get(prefix.removesuffix("vision_model.") + "visual_projection.weight")
     if layout == "transformers' CLIP" and projection is not None:
         inner["proj"] = projection.T
-    named = as_named_by(encoder, layout, inner)
+    try:
+        named = as_named_by(encoder, layout, inner)
+    except (RuntimeError, KeyError, ValueError, AssertionError) as error:      # of timm's converters
+        raise Refused(f"{which}: another architecture than {encoder.name} ({error})") from error
     theta_t, other = {}, []
     for key, before in theta_pre.items():
         if key in named and named[key].shape == before.shape:
@@ -229,6 +232,12 @@ def theta_of(name, checkpoint, state, encoder):
     lacking = [key for key in kept if not projects(encoder, key)]
     if lacking:
         raise Refused(f"{which} lacks {lacking[0]} ({len(lacking)} tensors of {len(theta_pre)})")
+    ignored = [key for key in named if key not in theta_t]
+    kinds = {numberless(key) for key in theta_pre}
+    more = [key for key in ignored if numberless(key) in kinds and key not in theta_pre]
+    if more:
+        raise Refused(f"{which}: another architecture: {encoder.name} has no {more[0]} ({len(more)} tensors)")
+    theta_t |= {key: theta_pre[key] for key in kept}
     for key, tensor in theta_t.items():
         if not tensor.isfinite().all():
             raise Refused(f"{which}: {key} holds values that are not finite")
@@ -237,15 +246,19 @@ def theta_of(name, checkpoint, state, encoder):
     if distance > FARTHEST:
         raise Refused(f"{which} is no fine-tuned {encoder.name}: |theta_t - theta_pre| / |theta_pre| is "
                       f"{distance:.2f}, where fine-tuning gives .001 to .3 and unrelated weights .8 to 1.4")
-    ignored = [key for key in named if key not in theta_t]
     ignored += [key for key in state if not key.startswith(prefix)]
     coarse = sorted({str(tensor.dtype)[6:] for tensor in named.values()} & {"float16", "bfloat16"})
-    said = [f"{len(theta_t)} tensors of {checkpoint} behind `{prefix}`"
+    said = [f"{len(theta_t) - len(kept)} tensors of {checkpoint} behind `{prefix}`"
             f"{f' by the names of {layout}' if layout else ''}", f"relative distance {distance:.1e}"]
     said += [f"ignored {listed(ignored)}"] if ignored else []
     said += [f"as in theta_pre, not in the file: {listed(kept)}"] if kept else []
     said += [f"stored in {coarse[0]}, whose rounding is in the vector"] if coarse else []
     return theta_t, {"said": "; ".join(said), "distance": distance}
+
+
+def numberless(key):
+    """A tensor's name without the number of its block."""
+    return re.sub(r"\d+", "#", key)
 
 
 def listed(keys):

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from lib.files import Refused, opened
+from lib import vectors
+from lib.files import Refused
 from lib.vectors import generator_of, load_vector, vector_file
 
 KEPT = 0.2          # of a vector's entries by TIES, the largest
@@ -61,13 +62,8 @@ def by_name(rule, folder, tasks, encoder, seed, device):
         bounds.append(bound(vector) if rule == "ties" else None)
         del vector                                         # before the next
     files = [vector_file(folder, task, encoder) for task in tasks]
-    with opened(*files[0]) as file:
-        names = list(file.keys())
-    for name in names:
-        tensors = []
-        for path, made_by in files:
-            with opened(path, made_by) as file:            # anew: what stays mapped stays in memory
-                tensors.append(file.get_tensor(name).to(device))
+    for name, found in vectors.by_name(files):
+        tensors = [tensor.to(device) for tensor in found]
         yield name, RULES[rule].function(tensors, Context(name, tasks, bounds, seed))
 
 

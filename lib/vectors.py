@@ -8,7 +8,8 @@ import hashlib
 
 import torch
 
-from lib.files import Refused, check_metadata, file_metadata, load_tensors, read_json, save_tensors
+from lib.files import (Refused, check_metadata, file_metadata, load_tensors, opened, read_json,
+                       save_tensors)
 
 KEPT = ("theta_pre", "recipe", "task", "data", "head")     # of theta_t's metadata in its vector's
 
@@ -72,6 +73,18 @@ def load_vector(folder, task, encoder):
     vector_metadata(folder, task, encoder)
     vector, _ = load_tensors(*vector_file(folder, task, encoder))
     return vector
+
+
+def by_name(files):
+    """Yield (name, [tensor of each]) of files of the same names [(path, made_by)]; one name is in memory."""
+    with opened(*files[0]) as file:
+        names = list(file.keys())
+    for name in names:
+        tensors = []
+        for path, made_by in files:
+            with opened(path, made_by) as file:            # anew: what stays mapped stays in memory
+                tensors.append(file.get_tensor(name))
+        yield name, tensors
 
 
 def theta_fingerprint(finetuned, task):

@@ -24,6 +24,7 @@ import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest import mock
 from urllib.parse import parse_qs, unquote, urlsplit
 
 # /REPOSITORY/resolve/REVISION/FILE, and without "api" and "models" /REPOSITORY[/VERB/REVISION[/PATH]]
@@ -64,6 +65,17 @@ def client_environment(url, home):
     ours = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1"}
     return kept | ours | {"HF_UPDATE_DOWNLOAD_COUNTS": "0"}  # datasets would count it at another host
+
+
+@contextlib.contextmanager
+def client_here(url, home):
+    """The same for this process while the block runs, of what asks for models; `home` is the cache."""
+    from huggingface_hub import constants
+    ours = {"ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(home), "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_DISABLE_TELEMETRY": True}
+    with mock.patch.multiple(constants, **ours), mock.patch.dict(os.environ, {"HF_TOKEN": "hf_none"}):
+        yield
 
 
 def listing(folder):

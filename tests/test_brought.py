@@ -1,15 +1,14 @@
 """make_vectors.py --from: checkpoints of elsewhere in the usual wrappings, and what is none of an encoder."""
 import json
 import shutil
-import sys
 
 import pytest
 import torch
-from conftest import TASKS, contents, perform, refuse, stage
+from conftest import TASKS, perform, refuse
 from safetensors.torch import save_file
-from stand_in_hub import client_environment, serve
+from stand_in_hub import client_here, serve
 
-from lib import brought, encoders, files
+from lib import brought, encoders, files, vectors
 
 SHARED = "tiny", "--tasks", ",".join(TASKS)
 
@@ -42,23 +41,16 @@ def write(path, state):
     return path
 
 
-def test_theta_t_in_every_wrapping_gives_the_vectors_of_finetune(copy, tmp_path, capsys):
-    pre = encoders.load_encoder("tiny", copy).module.state_dict()
-    made = contents(copy / "tiny/aligned/vectors")
-    for number, (file, wrap) in enumerate(WRAPPINGS.items()):
-        name = TASKS[number % len(TASKS)]
-        path = write(tmp_path / file, wrap(theta_of_task(copy, name), pre))
-        perform("make_vectors", "tiny", "--runs", copy, "--name", f"from{number}", "--from", f"{name}={path}")
-        vector, _ = files.load_tensors(copy / f"tiny/from{number}/vectors/{name}.safetensors", "")
-        ours, _ = files.load_tensors(copy / f"tiny/aligned/vectors/{name}.safetensors", "")
-        assert vector.keys() == ours.keys() and all(torch.equal(vector[key], ours[key]) for key in ours)
-        row = json.loads((copy / f"tiny/from{number}/finetune.json").read_text())["tasks"][name]
-        mine = json.loads((copy / "tiny/aligned/finetune.json").read_text())["tasks"][name]
-        assert {key: row[key] for key in ("hits_val", "hits_test")} == \
-            {key: mine[key] for key in ("hits_val", "hits_test")}
-        said = capsys.readouterr().out
-        assert f"brought {name}: {len(pre)} tensors of {path} behind `" in said, said
-    assert contents(copy / "tiny/aligned/vectors") == made
+@pytest.mark.parametrize("file", WRAPPINGS)
+def test_theta_t_in_every_wrapping_gives_the_vector_of_finetune(study, tmp_path, file):
+    encoder = encoders.load_encoder("tiny", study)
+    pre = encoder.module.state_dict()
+    path = write(tmp_path / file, WRAPPINGS[file](theta_of_task(study, "signs"), pre))
+    theta_t, about = brought.theta_of("signs", file, brought.read_checkpoint("signs", path), encoder)
+    assert about["said"].startswith(f"{len(pre)} tensors of {file} behind `")
+    _, tau_t = vectors.task_vector(encoders.weights_of(encoder.module), theta_t)
+    ours, _ = files.load_tensors(study / "tiny/aligned/vectors/signs.safetensors", "")
+    assert tau_t.keys() == ours.keys() and all(torch.equal(tau_t[key], ours[key]) for key in ours)
 
 
 def merge_of(runs, name):
@@ -72,11 +64,14 @@ def test_a_brought_variant_goes_through_every_stage_as_one_of_finetunes(copy, tm
     words = ["--from", f"{tmp_path}/best_{{}}.safetensors", "--tasks", ",".join(TASKS)]
     perform("make_vectors", *shared, *words)
     perform("merge_eval", *shared, "--lambdas", "11")
-    perform("disentangle", *shared, "--points", "3", "--samples", "40")
     perform("report", "--runs", copy)
     theirs, ours = (merge_of(copy, name) for name in ("theirs", "aligned"))
     for key in ("val", "test", "single_task", "best_lambda"):
         assert theirs[key] == ours[key]
+    for name in TASKS:
+        one, two = (files.load_tensors(copy / f"tiny/{variant}/vectors/{name}.safetensors", "")[0]
+                    for variant in ("theirs", "aligned"))
+        assert all(torch.equal(one[key], two[key]) for key in one)
     report = (copy / "report/report.md").read_text()
     assert "fine-tuned elsewhere" in report and "| tiny | theirs |" in report
     capsys.readouterr()
@@ -119,6 +114,7 @@ def test_what_is_no_fine_tuned_encoder_is_refused_in_one_line(copy, tmp_path):
              for key, tensor in theta.items()}
     lacking = {key: tensor for key, tensor in theta.items() if key != "blocks.1.norm1.bias"}
     wide = theta | {"blocks.0.mlp.fc1.weight": torch.zeros(300, 128)}
+    deep = theta | {"blocks.9.norm1.weight": torch.ones(128)}
     broken = theta | {"norm.bias": theta["norm.bias"] * float("nan")}
     torch.save(Pickled(), tmp_path / "pickled.pt")
     write(tmp_path / "whole.safetensors", theta)
@@ -130,6 +126,7 @@ def test_what_is_no_fine_tuned_encoder_is_refused_in_one_line(copy, tmp_path):
         write(tmp_path / "other.pt", other): "is no fine-tuned tiny: |theta_t - theta_pre| / |theta_pre| is",
         write(tmp_path / "lacking.pt", lacking): f"lacks blocks.1.norm1.bias (1 tensors of {len(theta)})",
         write(tmp_path / "wide.pt", wide): "another architecture: blocks.0.mlp.fc1.weight [300, 128]",
+        write(tmp_path / "deep.pt", deep): "another architecture: tiny has no blocks.9.norm1.weight",
         write(tmp_path / "nan.pt", broken): "norm.bias holds values that are not finite",
         write(tmp_path / "two.pt", {"a": theta, "b": theta}): "holds 2 encoders, behind `a.` and `b.`",
         write(tmp_path / "none.pt", {"x": torch.zeros(2)}): "no such encoder in it: its 1 tensors (x)",
@@ -148,21 +145,24 @@ def test_what_is_no_fine_tuned_encoder_is_refused_in_one_line(copy, tmp_path):
     assert not (copy / "tiny/brought/finetune.json").exists()
     whole = f"glyphs={tmp_path / 'whole.pt'}"
     for flags in (["--head", "own"], ["--from", whole, "--of", "aligned"]):
-        finished = stage(sys.executable, "make_vectors.py", "tiny", "--runs", copy, *flags)
-        assert finished.returncode == 2 and finished.stderr.count("\n") == 1, finished.stderr
+        with pytest.raises(SystemExit) as end:
+            perform("make_vectors", "tiny", "--runs", copy, *flags)
+        assert end.value.code == 2
 
 
-def test_a_checkpoint_comes_from_a_hub(copy, tmp_path):
+def test_a_checkpoint_comes_from_a_hub(copy, tmp_path, capsys):
     (tmp_path / "theirs").mkdir()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/config.json").write_text("{}")
     write(tmp_path / "theirs/model.safetensors", theta_of_task(copy, "signs"))
-    words = ["make_vectors.py", "tiny", "--runs", copy, "--from", "user/vit-tiny_{}", "--tasks", "signs"]
-    with serve({"user/vit-tiny_signs": tmp_path / "theirs"}) as (url, _):
-        environment = client_environment(url, tmp_path / "home")
-        found = stage(sys.executable, *words, env=environment)
-        missing = stage(sys.executable, *words[:-2], "--tasks", "glyphs", env=environment)
-    assert found.returncode == 0 and " tensors of user/vit-tiny_signs behind" in found.stdout, found.stderr
-    assert missing.returncode == 2 and missing.stderr.count("\n") == 1
-    assert "user/vit-tiny_glyphs is no file here, and could not be had from the hub" in missing.stderr
+    words = ["tiny", "--runs", copy, "--from", "user/vit-tiny_{}", "--tasks"]
+    hub = {"user/vit-tiny_signs": tmp_path / "theirs", "user/vit-tiny_glyphs": tmp_path / "empty"}
+    with serve(hub) as (url, _), client_here(url, tmp_path / "home"):
+        perform("make_vectors", *words, "signs")
+        assert "the repository has none of model.safetensors" in refuse("make_vectors", *words, "glyphs")
+        missing = refuse("make_vectors", *words, "textures")
+    assert " tensors of user/vit-tiny_signs behind" in capsys.readouterr().out
+    assert "user/vit-tiny_textures is no file here, and could not be had from the hub" in missing
 
 
 # --------------------------------------------------------------------------------------- names of libraries

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import TASKS, contents, edit, image_folder, perform, refuse, stage
 from PIL import Image
-from stand_in_hub import client_environment, receive, serve
+from stand_in_hub import client_here, receive, serve
 
 from lib import encoders, files
 
@@ -88,18 +88,20 @@ def test_pictures_are_read_as_those_of_a_task(study, tmp_path, capsys):
     np.testing.assert_allclose(said, expected.sort().values, atol=1e-6)
 
 
-def test_what_cannot_be_read_is_named_and_the_rest_go_on(study, pictures, tmp_path):
+def test_what_cannot_be_read_is_named_and_the_rest_go_on(study, pictures, tmp_path, monkeypatch, capsys):
     good = sorted((pictures / "signs").iterdir())[:2]
     (tmp_path / "cut.png").write_bytes(good[0].read_bytes()[:200])
     (tmp_path / "words.jpg").write_text("no picture")
-    words = ["predict.py", "tiny", good[0], tmp_path, "missing.png", "-", "--runs", study, "--task", "signs"]
-    finished = stage(sys.executable, *words, input=f"{good[1]}\n")
-    assert finished.returncode == 1, finished.stderr
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{good[1]}\n"))
+    with pytest.raises(SystemExit) as end:
+        perform("predict", "tiny", good[0], tmp_path, "missing.png", "-", "--runs", study, "--task", "signs")
+    said = capsys.readouterr()
+    assert end.value.code == 1
     for name in ("cut.png", "words.jpg", "missing.png"):
-        assert f"{name} cannot be read: " in finished.stderr
-    assert "3 of 5 could not be read" in finished.stderr and "2 pictures, passes each: 1" in finished.stderr
-    assert [line for line in finished.stdout.splitlines() if line[0] != " "] == [str(path) for path in good]
-    assert finished.stdout.count("  signs  ") == 2
+        assert f"{name} cannot be read: " in said.err
+    assert "3 of 5 could not be read" in said.err and "2 pictures, passes each: 1" in said.err
+    assert [line for line in said.out.splitlines() if line[0] != " "] == [str(path) for path in good]
+    assert said.out.count("  signs  ") == 2
 
 
 def test_patterns_and_several_tasks(study, pictures, capsys):
@@ -111,10 +113,9 @@ def test_patterns_and_several_tasks(study, pictures, capsys):
 
 def test_linearized_merges_answer_too(copy, pictures, capsys):
     shared = ["tiny", "--runs", copy, "--name", "linearized"]
-    perform("finetune", *shared, "--steps", "10", "--batch-size", "32", "--lr", "1e-3", "--tasks",
-            "glyphs,signs")
+    perform("finetune", *shared, "--steps", "20", "--batch-size", "32", "--lr", "3e-4", "--tasks", "signs")
     perform("make_vectors", *shared)
-    perform("merge_eval", *shared, "--lambdas", "3", "--lambda-max", "0.2")
+    perform("merge_eval", *shared, "--lambdas", "5")
     merge = read(copy / "tiny/linearized", "merge")
     capsys.readouterr()
     perform("predict", *shared, pictures / "signs", "--task", "signs", "--top", "1", "--csv")
@@ -201,24 +202,21 @@ def test_bundles_that_cannot_be_are_refused(bundle, pictures, study, copy, tmp_p
     assert "is no bundle" in refuse("predict", tmp_path / "cut", pictures)
 
 
-def test_a_bundle_is_pushed_and_comes_back(bundle, fine, pictures, tmp_path):
+def test_a_bundle_is_pushed_and_comes_back(bundle, fine, pictures, tmp_path, capsys):
     """To a hub that takes files as they are, and from the stand-in hub that serves what it got."""
-    with receive() as (url, got):
-        words = ["bundle.py", "tiny", tmp_path / "eight", "--runs", fine, "--name", "fine"]
-        environment = client_environment(url, tmp_path / "home") | {"HF_TOKEN": "hf_none"}
-        pushed = stage(sys.executable, *words, "--push", "user/eight", env=environment)
-    assert pushed.returncode == 0 and "uploaded to user/eight" in pushed.stdout, pushed.stderr
+    words = ["tiny", tmp_path / "eight", "--runs", fine, "--name", "fine", "--push", "user/eight"]
+    with client_here("http://127.0.0.1:9", tmp_path / "home"):
+        message = refuse("bundle", *words)
+    assert "is made, but could not be uploaded to user/eight" in message
+    assert contents(tmp_path / "eight") == contents(bundle)
+    with receive() as (url, got), client_here(url, tmp_path / "home"):
+        perform("bundle", *words)                          # what is there already, the same, goes up
+    assert "uploaded to user/eight" in capsys.readouterr().out
     assert got == contents(bundle)
-    with serve({"user/eight": bundle}) as (url, _):
-        words = ["predict.py", "hf-hub:user/eight", pictures / "signs", "--csv", "--top", "1"]
-        said = stage(sys.executable, *words, env=client_environment(url, tmp_path / "home"))
-    rows = [row for row in rows_of(said.stdout) if row["task"] == "signs"]
+    with serve({"user/eight": bundle}) as (url, _), client_here(url, tmp_path / "home"):
+        perform("predict", "hf-hub:user/eight", pictures / "signs", "--csv", "--top", "1")
+    rows = [row for row in rows_of(capsys.readouterr().out) if row["task"] == "signs"]
     hits = sum(row["picture"].endswith(f"-{row['class']}.png") for row in rows)
     assert hits == read(fine / "tiny/fine", "merge")["test"]["hits"]["signs"]
-
-
-def test_where_there_is_no_hub_the_bundle_is_kept(study, tmp_path):
-    words = [sys.executable, "bundle.py", "tiny", tmp_path / "eight", "--runs", study, "--push", "user/eight"]
-    said = stage(*words, env=client_environment("http://127.0.0.1:9", tmp_path / "home"))
-    assert said.returncode == 2 and "could not be uploaded to user/eight" in said.stderr
-    assert said.stderr.count("\n") == 1 and (tmp_path / "eight/config.json").exists()
+    edit(tmp_path / "eight/README.md", "mean", "means")
+    assert "is there already" in refuse("bundle", *words)

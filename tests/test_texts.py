@@ -396,6 +396,23 @@ def test_what_a_gap_left_out_is_what_is_said():
         assert sum(map(len, gaps.values())) == max(1, round(0.15 * n))
 
 
+def test_a_batch_in_parts_has_the_gradient_of_the_whole_batch():
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=40, d_model=16, d_kv=8, num_heads=2, d_ff=24, num_layers=1,
+                                   num_decoder_layers=1, pad_token_id=0, eos_token_id=1,
+                                   decoder_start_token_id=0)
+    model, rng = transformers.T5ForConditionalGeneration(config).eval(), np.random.default_rng(0)
+    pairs = [(rng.integers(3, 40, n).tolist(), rng.integers(3, 40, m).tolist())
+             for n, m in rng.integers(1, 12, (10, 2))]
+    found = []
+    for size in (3, 10):
+        model.zero_grad()
+        loss = pretrain_t5.backward(model, pairs, size, "cpu")
+        found.append([loss, *(parameter.grad.clone() for parameter in model.parameters())])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+    assert found[0][1].abs().max() > 1e-3
+
+
 def test_a_prompt_that_is_cut_keeps_its_end():
     tokenizer = pretrain_t5.make_tokenizer(["good words are read here"] * 20)
     tokenizer.enable_truncation(6)
