@@ -28,7 +28,7 @@ from lib.vectors import head_file, norm, task_vector
 
 HEADS = {"probed": (False, "probe.py's"), "own": (True, "the checkpoint's classifier"),
          "text": (False, "of class names, by the encoder's text tower")}      # whether they trained along
-FARTHEST = 0.5  # |theta_t - theta_pre| / |theta_pre|: fine-tuning gives .001 to .3, other weights .8 to 1.4
+FARTHEST = 0.5  # |theta_t - theta_pre| / |theta_pre|: fine-tuning gives .001 to .3, other weights .8 and more
 # where FusionBench (arXiv:2406.03280) calls a task otherwise in the names of its checkpoints
 FUSIONBENCH = {"cars": "stanford_cars", "flowers102": "oxford_flowers102"}
 FILES = "model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
@@ -245,7 +245,7 @@ def theta_of(name, checkpoint, state, encoder):
     distance = norm(update) / norm(theta_pre)
     if distance > FARTHEST:
         raise Refused(f"{which} is no fine-tuned {encoder.name}: |theta_t - theta_pre| / |theta_pre| is "
-                      f"{distance:.2f}, where fine-tuning gives .001 to .3 and unrelated weights .8 to 1.4")
+                      f"{distance:.2f}, where fine-tuning gives .001 to .3 and unrelated weights .8 and more")
     ignored += [key for key in state if not key.startswith(prefix)]
     coarse = sorted({str(tensor.dtype)[6:] for tensor in named.values()} & {"float16", "bfloat16"})
     said = [f"{len(theta_t) - len(kept)} tensors of {checkpoint} behind `{prefix}`"

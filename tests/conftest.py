@@ -110,7 +110,7 @@ def pytest_collection_modifyitems(items):
         items.insert(0, first)
 
 
-FEW = {"train": (0, 1600), "test": (1, 400)}               # generated.SPLITS of the small study
+FEW = {"train": (0, 1000), "test": (1, 400)}               # generated.SPLITS of the small study
 
 
 def draw_few(runs):
@@ -120,6 +120,30 @@ def draw_few(runs):
         for name in TASKS:
             pictures = types.SimpleNamespace(takes="images", stored_as=lambda name: generated.SIDE)
             store.stored_folder(name, "generated", None, pictures, runs, 0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def pictures_drawn_once():
+    """Of each kind of picture this process draws the first in full, and writes that again: drawing is slow."""
+    import matplotlib.pyplot as plt
+
+    from lib import files, plots
+    drawn, save = {}, plots.save
+
+    def save_once(path, fig):
+        kind = sys._getframe(1).f_code.co_name
+        if kind not in drawn:
+            save(path, fig)
+            drawn[kind] = path.read_bytes()
+            return path
+        plt.close(fig)
+        with files.replacing(path) as temporary:
+            temporary.write_bytes(drawn[kind])
+        print(f"picture: {path}", flush=True)
+        return path
+
+    with mock.patch.object(plots, "save", save_once):
+        yield
 
 
 @pytest.fixture(scope="session")

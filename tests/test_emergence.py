@@ -41,6 +41,8 @@ def emerge(runs):
         patch.setattr(emergence, "LEARNING_RATES", [1e-3, 1e-2])
         patch.setattr(emergence, "SEARCHED", 1)
         patch.setattr(probe, "LEARNING_RATES", [0.1])
+        parse = probe.parse_args
+        patch.setattr(probe, "parse_args", lambda words: parse([*words, "--probe-steps", "100"]))
         for scheme in SCHEMES:
             patch.setattr(f"{scheme}.ARCHITECTURE", NARROW)
         args = emergence.parse_args(["--runs", str(runs), *SMALL])
