@@ -238,7 +238,7 @@ def costs(probes, variants):
     rows = []
     for variant in variants.values():
         finetune = variant.get("finetune.json", {})
-        if finetune.get("tasks") and "cost" in finetune:    # fine-tuned here
+        if finetune.get("tasks") and "steps" in finetune["config"]:    # fine-tuned here
             probe, config, cost = probes[variant["encoder"]], finetune["config"], finetune["cost"]
             trained, ratio = finetune["tasks"].values(), finetune.get("against", {}).get("cost_ratio", {})
             probed = variant["recipe"]["head"] == "probed"

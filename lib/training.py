@@ -76,7 +76,7 @@ def compare(folder, rows, how, steps):
     for path in sorted(folder.glob("*/finetune.json")):
         other = read_json(path, "python finetune.py")
         as_named = path.parent.name == other["recipe"]["name"]             # not a variant of that recipe
-        if "cost" not in other:                            # fine-tuned elsewhere
+        if "steps" not in other["config"]:                 # fine-tuned elsewhere
             continue
         if as_named and whole.items() <= other["recipe"].items() and set(rows) <= set(other["tasks"]):
             gaps = {name: other["tasks"][name]["test"] - row["test"] for name, row in rows.items()}

@@ -124,7 +124,7 @@ def draw_few(runs):
 
 @pytest.fixture(scope="session", autouse=True)
 def pictures_drawn_once():
-    """Of each kind of picture this process draws the first in full, and writes that again: drawing is slow."""
+    """Of each kind of picture this process draws the first, and writes that for all: drawing is slow."""
     import matplotlib.pyplot as plt
 
     from lib import files, plots

@@ -16,7 +16,7 @@ from lib.study import run
 
 FULL = ["--name", "full"]
 STAGES = [("probe", ["--probe-steps", "40", "--overwrite"]),
-          ("finetune", ["--steps", "5", "--batch-size", "32", "--recipe", "full"]),
+          ("finetune", ["--steps", "10", "--batch-size", "32", "--recipe", "full"]),
           ("make_vectors", FULL), ("merge_eval", [*FULL, "--lambdas", "8"]),
           ("subsets", [*FULL, "--per-size", "1", "--lambdas", "3", "--images-per-task", "50"]),
           ("disentangle", [*FULL, "--points", "3", "--samples", "100"]),
