@@ -243,12 +243,14 @@ def theta_of(name, checkpoint, state, encoder):
             raise Refused(f"{which}: {key} holds values that are not finite")
     update = {key: theta_t[key] - theta_pre[key] for key in theta_t}
     distance = norm(update) / norm(theta_pre)
+    if distance == 0:
+        raise Refused(f"{which} is theta_pre itself: fine-tuning has changed nothing")
     if distance > FARTHEST:
         raise Refused(f"{which} is no fine-tuned {encoder.name}: |theta_t - theta_pre| / |theta_pre| is "
                       f"{distance:.2f}, where fine-tuning gives .001 to .3 and unrelated weights .8 and more")
     ignored += [key for key in state if not key.startswith(prefix)]
     coarse = sorted({str(tensor.dtype)[6:] for tensor in named.values()} & {"float16", "bfloat16"})
-    said = [f"{len(theta_t) - len(kept)} tensors of {checkpoint} behind `{prefix}`"
+    said = [f"{len(theta_t) - len(kept)} tensors of {checkpoint}{f' behind `{prefix}`' if prefix else ''}"
             f"{f' by the names of {layout}' if layout else ''}", f"relative distance {distance:.1e}"]
     said += [f"ignored {listed(ignored)}"] if ignored else []
     said += [f"as in theta_pre, not in the file: {listed(kept)}"] if kept else []

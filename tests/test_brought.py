@@ -47,7 +47,7 @@ def test_theta_t_in_every_wrapping_gives_the_vector_of_finetune(study, tmp_path,
     pre = encoder.module.state_dict()
     path = write(tmp_path / file, WRAPPINGS[file](theta_of_task(study, "signs"), pre))
     theta_t, about = brought.theta_of("signs", file, brought.read_checkpoint("signs", path), encoder)
-    assert about["said"].startswith(f"{len(pre)} tensors of {file} behind `")
+    assert about["said"].startswith(f"{len(pre)} tensors of {file}")
     _, tau_t = vectors.task_vector(encoders.weights_of(encoder.module), theta_t)
     ours, _ = files.load_tensors(study / "tiny/aligned/vectors/signs.safetensors", "")
     assert tau_t.keys() == ours.keys() and all(torch.equal(tau_t[key], ours[key]) for key in ours)
@@ -109,6 +109,7 @@ class Pickled:
 
 def test_what_is_no_fine_tuned_encoder_is_refused_in_one_line(copy, tmp_path):
     theta = theta_of_task(copy, "glyphs")
+    pre = encoders.load_encoder("tiny", copy).module.state_dict()
     torch.manual_seed(0)
     other = {key: torch.randn_like(tensor) * tensor.std() if tensor.ndim > 1 else tensor
              for key, tensor in theta.items()}
@@ -124,6 +125,7 @@ def test_what_is_no_fine_tuned_encoder_is_refused_in_one_line(copy, tmp_path):
     (tmp_path / "folder").mkdir()
     cases = {
         write(tmp_path / "other.pt", other): "is no fine-tuned tiny: |theta_t - theta_pre| / |theta_pre| is",
+        write(tmp_path / "pre.pt", pre): "is theta_pre itself: fine-tuning has changed nothing",
         write(tmp_path / "lacking.pt", lacking): f"lacks blocks.1.norm1.bias (1 tensors of {len(theta)})",
         write(tmp_path / "wide.pt", wide): "another architecture: blocks.0.mlp.fc1.weight [300, 128]",
         write(tmp_path / "deep.pt", deep): "another architecture: tiny has no blocks.9.norm1.weight",
@@ -161,7 +163,7 @@ def test_a_checkpoint_comes_from_a_hub(copy, tmp_path, capsys):
         perform("make_vectors", *words, "signs")
         assert "the repository has none of model.safetensors" in refuse("make_vectors", *words, "glyphs")
         missing = refuse("make_vectors", *words, "textures")
-    assert " tensors of user/vit-tiny_signs behind" in capsys.readouterr().out
+    assert " tensors of user/vit-tiny_signs; relative" in capsys.readouterr().out
     assert "user/vit-tiny_textures is no file here, and could not be had from the hub" in missing
 
 
