@@ -218,7 +218,8 @@ def test_bench_measures_every_part(left, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench.merging, "RULES", two_rules)
     monkeypatch.setattr(bench, "TEXT_SHAPE", bench.TEXT_SHAPE | {"hidden_size": 48, "num_hidden_layers": 1})
     small = ["--image-size", "32", "--images", "4", "--lambdas", "2", "--repeats", "1", "--compile", "off"]
-    perform("bench", "timm:test_vit", "--quick", *small, "--study", left / "tiny", "--out", tmp_path / "bench.json")
+    perform("bench", "timm:test_vit", "--quick", *small, "--study", left / "tiny",
+            "--out", tmp_path / "bench.json")
     said = capsys.readouterr().out
     for part in ("evaluator", "bare forward", "plain way", "heat map", "linearized, 1 lambda",
                  "merging, 8 vectors", "rule tsv-m, 8 vectors", "texts, evaluator", "texts, plain way",
