@@ -142,6 +142,7 @@ def pictures_drawn_once():
         print(f"picture: {path}", flush=True)
         return path
 
+    save_once.in_full = save                               # for tests of files' sizes
     with mock.patch.object(plots, "save", save_once):
         yield
 

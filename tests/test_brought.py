@@ -107,7 +107,7 @@ class Pickled:
     """What torch.save writes of it cannot be read as tensors."""
 
 
-def test_what_is_no_fine_tuned_encoder_is_refused_in_one_line(copy, tmp_path):
+def test_what_is_no_fine_tuned_encoder_is_refused_in_one_line(copy, tmp_path, capsys):
     theta = theta_of_task(copy, "glyphs")
     pre = encoders.load_encoder("tiny", copy).module.state_dict()
     torch.manual_seed(0)
@@ -146,10 +146,12 @@ def test_what_is_no_fine_tuned_encoder_is_refused_in_one_line(copy, tmp_path):
     assert "names a task twice" in refuse("make_vectors", "tiny", *words, "glyphs=a", "glyphs=b")
     assert not (copy / "tiny/brought/finetune.json").exists()
     whole = f"glyphs={tmp_path / 'whole.pt'}"
-    for flags in (["--head", "own"], ["--from", whole, "--of", "aligned"]):
+    for flags, said in ((["--head", "own"], "are for --from"), (["--from", whole, "--of", "x"], "--of")):
+        capsys.readouterr()
         with pytest.raises(SystemExit) as end:
             perform("make_vectors", "tiny", "--runs", copy, *flags)
-        assert end.value.code == 2
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and error.count("\n") == 1 and said in error
 
 
 def test_a_checkpoint_comes_from_a_hub(copy, tmp_path, capsys):

@@ -113,9 +113,10 @@ def test_patterns_and_several_tasks(study, pictures, capsys):
 
 def test_linearized_merges_answer_too(copy, pictures, capsys):
     shared = ["tiny", "--runs", copy, "--name", "linearized"]
-    perform("finetune", *shared, "--steps", "20", "--batch-size", "32", "--lr", "3e-4", "--tasks", "signs")
+    perform("finetune", *shared, "--steps", "20", "--batch-size", "32", "--lr", "3e-4", "--tasks",
+            "glyphs,signs")
     perform("make_vectors", *shared)
-    perform("merge_eval", *shared, "--lambdas", "5")
+    perform("merge_eval", *shared, "--lambdas", "5", "--lambda-max", "0.4")
     merge = read(copy / "tiny/linearized", "merge")
     capsys.readouterr()
     perform("predict", *shared, pictures / "signs", "--task", "signs", "--top", "1", "--csv")
