@@ -213,7 +213,7 @@ def random_encoder(name, size):
         description = encoders.describe(module, architecture, size, (0.5,) * 3, (0.5,) * 3, 1.0, encoder=name)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise Refused(f"timm has no {name} for images of {size} pixels ({error})") from error
-    return encoders.as_encoder(module, description, "random")
+    return encoders.as_encoder(lambda: module, description, "random")
 
 
 def random_split(n, size, seed=0):
@@ -241,8 +241,8 @@ def random_text_encoder(longest):
     architecture = {"library": "transformers", "name": "bert", "pad": 0, "separator": None, "pooling": "mean",
                     "config": language.plain(language.without_dropout(config))}
     torch.manual_seed(0)
-    return language.TextEncoder("bert", encoders.build_architecture(architecture).eval(),
-                                TEXT_SHAPE["hidden_size"], "random",
+    module = encoders.build_architecture(architecture).eval()
+    return language.TextEncoder("bert", lambda: module, TEXT_SHAPE["hidden_size"], "random",
                                 {"architecture": architecture, "longest": longest}, None)
 
 

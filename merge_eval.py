@@ -7,6 +7,7 @@ Or another merging rule in place of the sum.
     python merge_eval.py tiny --tasks glyphs,signs            # two of the tasks
     python merge_eval.py tiny --of aligned --name fine --lambda-max 0.2    # the same vectors, other results
     python merge_eval.py tiny --rule ties                     # vectors of aligned, results in aligned-ties
+    python merge_eval.py tiny --search fine                   # lambda to a fifth of the step, by fewer images
 
 Reads   runs/ENCODER/pretrained.safetensors, features/, heads/ (probe.py), NAME/finetune.json (finetune.py),
         NAME/vectors/TASK.safetensors (make_vectors.py)
@@ -19,10 +20,10 @@ import time
 import numpy as np
 import torch
 
-from common import PROBES, cached_features, count_hits, mean, normalized_accuracy, predict
-from lib import devices, flags, merging, plots, ranks
+from common import PROBES, cached_features, mean, normalized_accuracy, predict
+from lib import devices, flags, merging, plots, race, ranks
 from lib.encoders import separate_weights
-from lib.files import save_tensors
+from lib.files import Refused, save_tensors
 from lib.study import open_study, run
 
 
@@ -35,6 +36,11 @@ def parse_args(argv=None):
         help="largest lambda of the grid (default the rule's own, in lib/merging.py; of the sum 1)")
     add("--lambdas", type=flags.positive, default=21,
         help="values of lambda from 0 to the largest (default 21)")
+    add("--search", choices=["grid", "fine"], default="grid",
+        help="grid: every lambda on all validation images; fine: lambdas are dropped as soon as others are "
+             "better, finer ones are tried around the best (lib/race.py)")
+    add("--error", type=flags.share,
+        help="of --search fine: chance that the best is dropped, at most (default .01; 0: only what is sure)")
     return parser.parse_args(argv)
 
 
@@ -48,7 +54,11 @@ def main(args):
     single = study.single_task
     inputs = {"vectors": study.vectors(), "probes": study.probes(), "data": study.data, "single_task": single}
     settings = {"recipe": recipe, "tasks": names, "rule": args.rule, "lambdas": lambdas,
-                "dtype": str(study.dtype)[6:]}
+                "dtype": str(study.dtype)[6:], "search": args.search}
+    if args.search == "fine":
+        settings["error"] = error = 0.01 if args.error is None else args.error
+    elif args.error is not None:
+        raise Refused("--error is of --search fine")
     files = [study.here / file for file in ("merge.png", "merged.safetensors")]
     result = study.result("merge.json", settings, inputs, files=lambda row: files)
     if not result.todo:
@@ -67,30 +77,28 @@ def main(args):
          "test": {name: len(task.splits["test"]) for name, task in tasks.items()}}
     images = (len(lambdas) - 1) * sum(n["val"].values()) + sum(n["test"].values())
     evaluator = study.evaluator(images, recipe["linear"])
-    val_at_zero, predicted_at_zero, probing = {}, [], {kind: [] for kind in PROBES}
+    at_zero, predicted_at_zero, probing = {}, [], {kind: [] for kind in PROBES}
     for name, task in tasks.items():
         features = cached_features(study.folder, task, evaluator)
-        val_at_zero[name] = count_hits(features["val"], heads[name], val[name]) / n["val"][name]
+        at_zero[name] = predict(features["val"], heads[name]).cpu().numpy() == val[name].labels
         predicted_at_zero.append(predict(features["test"], heads[name]))
         for kind in PROBES:
             probing[kind].append(predict(features["test"], study.probed_heads[kind][name]))
 
-    # ---------------------------------------------------- validation: every lambda, some at a time
+    # ---------------------------------------------------- validation
     evaluator.use_vectors([merged])
-    state = result.state() or {"accuracies": [val_at_zero], "seconds": 0.0}    # a dict for each lambda
-    accuracies, block = state["accuracies"], -(-5 // ranks.world()) * ranks.world()
-    while len(accuracies) < len(lambdas):
-        start, done = time.perf_counter(), len(accuracies)
-        accuracies += evaluator.accuracies(val, heads, [(lam,) for lam in lambdas[done:done + block]])
-        state["seconds"] += time.perf_counter() - start
-        result.keep(state)
+    if args.search == "grid":
+        search = search_grid(evaluator, val, heads, lambdas, at_zero, result)
+    else:
+        search = search_fine(evaluator, val, heads, lambdas, at_zero, result, single["val"], error)
+    lambdas, accuracies, seen = search["lambdas"], search["accuracies"], search["seen"]
     normalized = [normalized_accuracy(accuracy, single["val"]) for accuracy in accuracies]
-    best = int(np.argmax(normalized))
+    whole = [k for k in range(len(lambdas)) if seen[k] == sum(n["val"].values())]
+    best = max(whole, key=normalized.__getitem__)              # the smallest of equals
     curves = {}
     for name in names:
         curves[name] = [accuracy[name] for accuracy in accuracies]
-    near_best = [lam for lam, value in zip(lambdas, normalized, strict=True)
-                 if value > max(normalized) - 0.02]
+    near_best = [lambdas[k] for k in whole if normalized[k] > normalized[best] - 0.02]
 
     # ---------------------------------------------------- test: at 0 and at the chosen lambda, only
     predicted = predicted_at_zero
@@ -112,12 +120,13 @@ def main(args):
             "recipe": recipe, "rule": args.rule, "lambdas": lambdas, "best_lambda": lambdas[best],
             "lambdas_within_2_points": [min(near_best), max(near_best)],
             "val": {"absolute": [mean(accuracy.values()) for accuracy in accuracies],
-                    "normalized": normalized, "tasks": curves, "n": n["val"]},
+                    "normalized": normalized, "tasks": curves, "n": n["val"], "seen": seen},
+            "images": search["images"],
             "test": at_best, "test_lambda0": at_zero, "gain": gain, "probing": probed,
             "single_task": single["test"], "single_task_mean": mean(single["test"].values()),
-            "seconds": state["seconds"], "merging_seconds": merging_seconds,
+            "seconds": search["seconds"], "merging_seconds": merging_seconds,
             "merging_peak_bytes": merging_bytes,
-            "images_per_second": (len(lambdas) - 1) * sum(n["val"].values()) / max(state["seconds"], 1e-9)}
+            "images_per_second": search["images"] / max(search["seconds"], 1e-9)}
         if not recipe["linear"]:             # whose merge is no set of weights for the encoder as it is
             weights = separate_weights(encoder.module) | dict(evaluator.merged((lambdas[best],)))
             save_tensors(files[1], weights, theta_pre=encoder.fingerprint, recipe=recipe, tasks=list(tasks),
@@ -125,8 +134,8 @@ def main(args):
         plots.lambda_curve(files[0], result.values, f"{args.encoder}, {study.name}, {len(tasks)} tasks", zero)
 
     # ---------------------------------------------------- say
-    print(f"merge_eval: search of {len(lambdas)} lambdas {state['seconds']:.1f} s, "
-          f"{result.values['images_per_second']:.0f} {encoder.unit}/s (compiling included)")
+    print(f"merge_eval: search of {len(lambdas)} lambdas {search['seconds']:.1f} s, {search['images']} "
+          f"{encoder.unit}, {result.values['images_per_second']:.0f} {encoder.unit}/s (compiling included)")
     what = "addition" if args.rule == "sum" else args.rule
     chosen = f"lambda = {lambdas[best]:g}{flags.at_the_end(best, lambdas)}"
     for label, row in ((zero, at_zero), (f"{what} ({chosen})", at_best)):
@@ -165,6 +174,53 @@ def paired_difference(tasks, predicted, reference):
         variance += difference.var(correction=0).item() / len(difference)
     return {"mean": mean(gains.values()), "standard_error": variance ** 0.5 / len(gains), "tasks": gains,
             "tasks_won": sum(gain > 0 for gain in gains.values())}
+
+
+# --------------------------------------------------------------------------------------- the search
+
+
+def search_grid(evaluator, val, heads, lambdas, at_zero, result):
+    """Every lambda on all validation images.
+
+    val, heads  {task: Split}, {task: Head}
+    at_zero     {task: (N_t,) bool, which of its images are right under lambda = 0}
+    Returns     {"lambdas", "accuracies": of each {task: fraction}, "seen": images of each, "images": forward
+                passes, "seconds"}
+    """
+    zero = {name: int(right.sum()) / len(right) for name, right in at_zero.items()}
+    state = result.state() or {"accuracies": [zero], "seconds": 0.0}
+    accuracies, block = state["accuracies"], -(-5 // ranks.world()) * ranks.world()
+    while len(accuracies) < len(lambdas):
+        start, done = time.perf_counter(), len(accuracies)
+        accuracies += evaluator.accuracies(val, heads, [(lam,) for lam in lambdas[done:done + block]])
+        state["seconds"] += time.perf_counter() - start
+        result.keep(state)
+    n = sum(map(len, val.values()))
+    return state | {"lambdas": lambdas, "seen": [n] * len(lambdas), "images": n * (len(lambdas) - 1)}
+
+
+def search_fine(evaluator, val, heads, lambdas, at_zero, result, single, error):
+    """As search_grid, but with finer lambdas around the best, and none on more images than it takes to see
+    that it is not the best (lib/race.py). Accuracies are those of the images seen.
+    """
+    state = result.state() or {"right": {}, "seconds": 0.0}
+    right = {float(lam): np.array(list(hits)) == "1" for lam, hits in state["right"].items()}
+    start = time.perf_counter() - state["seconds"]
+
+    def look(splits, some):
+        predicted = evaluator.predictions(splits, list(heads.values()), [(lam,) for lam in some])
+        return [rows.cpu().numpy() == split.labels for rows, split in zip(predicted, splits, strict=True)]
+
+    def keep():
+        result.keep({"right": {f"{lam}": "".join(map(str, hits.astype(int))) for lam, hits in right.items()},
+                     "seconds": time.perf_counter() - start})
+
+    race.fine_search(look, val, single, lambdas, error, at_zero, right, keep)
+    found = {"lambdas": sorted(right), "accuracies": [], "seen": [], "seconds": time.perf_counter() - start}
+    for lam in found["lambdas"]:
+        found["accuracies"].append(race.accuracies(right[lam], val))
+        found["seen"].append(len(right[lam]))
+    return found | {"images": sum(found["seen"]) - len(right[0.0])}
 
 
 if __name__ == "__main__":

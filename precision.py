@@ -68,7 +68,7 @@ def main(args):
     rounded = {name: tensor.bfloat16() for name, tensor in theta_pre.items()}
     # the sum of two bf16 numbers rounded once is the cast of their fp32 sum
     steps = {name: (lam * vector).bfloat16() for name, vector in merged.items()}
-    rounded_encoder = dataclasses.replace(encoder, module=with_weights(encoder.module, rounded))
+    rounded_encoder = dataclasses.replace(encoder, build=lambda: with_weights(encoder.module, rounded))
     rounded_steps = {name: step.float() for name, step in steps.items()}
     whether, _ = compile_pays(args.compile, device, encoder, images)
     again, _ = compile_pays("off" if args.compile == "off" else "on", device, encoder, images)

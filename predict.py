@@ -156,7 +156,8 @@ def open_bundle(source, device):
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         raise Refused(f"{source} is no bundle that bundle.py has made ({reason})") from error
     size, *config = (module.pretrained_cfg[key] for key in ("input_size", "mean", "std", "crop_pct"))
-    encoder = as_encoder(module, describe(module, {"name": source}, size[-1], *config, encoder=source))
+    description = describe(module, {"name": source}, size[-1], *config, encoder=source)
+    encoder = as_encoder(lambda: module, description)
     return Opened(encoder, heads, classes, None, folder)
 
 

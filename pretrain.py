@@ -70,7 +70,7 @@ def main(args):
     with torch.no_grad():
         module.pos_embed.mul_(15)            # std .02 to .3: a short training never finds it otherwise
     description = pretraining.describe(args, module, architecture, SETTINGS, "supervised") | noise
-    encoder = encoders.as_encoder(module, description)
+    encoder = encoders.as_encoder(lambda: module, description)
     start = time.perf_counter()
     pictures = pretraining.open_pictures(args, encoder, device, need_labels=True)
     images, labels = pictures.images, pictures.labels

@@ -67,7 +67,7 @@ def main(args):
         module.pos_embed.mul_(15)
     description = pretraining.describe(args, module, architecture, SETTINGS, "contrastive")
     description["text_tower"] = tower_name
-    encoder = encoders.as_encoder(module, description)
+    encoder = encoders.as_encoder(lambda: module, description)
     pictures = pretraining.open_pictures(args, encoder, device, need_labels=True)
     phrases, phrase_of = np.unique(pictures.captions, return_inverse=True)
     phrase_of = torch.from_numpy(phrase_of).to(device)     # (N,) which phrase is a picture's

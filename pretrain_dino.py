@@ -114,7 +114,7 @@ def main(args):
     student = torch.nn.ModuleDict({"encoder": module, "head": ProjectionHead(description["width"], **HEAD)})
     student = student.to(device)
     teacher = copy.deepcopy(student).requires_grad_(False)
-    encoder = encoders.as_encoder(teacher["encoder"], description)
+    encoder = encoders.as_encoder(lambda: teacher["encoder"], description)
     pictures = pretraining.open_pictures(args, encoder, device, need_labels=False)
     generator = torch.Generator(device).manual_seed(args.seed)
     train, test = pretraining.hold_out(len(pictures.images), device, generator)

@@ -104,7 +104,7 @@ def main(args):
     with torch.no_grad():
         module.pos_embed.mul_(15)
     description = pretraining.describe(args, module, architecture, SETTINGS, "mae")
-    encoder = encoders.as_encoder(module, description)
+    encoder = encoders.as_encoder(lambda: module, description)
     pictures = pretraining.open_pictures(args, encoder, device, need_labels=False)
     generator = torch.Generator(device).manual_seed(args.seed)
     train, test = pretraining.hold_out(len(pictures.images), device, generator)

@@ -75,17 +75,20 @@ if [ $attention = yes ]; then
   names+=(attention attention-bias attention-mlp attention-mlp-bias linearized); disentangle+=(--metric both)
 fi
 cd "$caller"                                               # whose folders relative paths mean
-if [ "$scheme" ]; then python "$here/$scheme.py" "$encoder" "${shared[@]}" "${pretrain[@]}"; fi
+commands=()
+stage() { commands+=(-- "$here/$1.py" "${@:2}"); }
+if [ "$scheme" ]; then stage $scheme "$encoder" "${shared[@]}" "${pretrain[@]}"; fi
 shared+=("${studied[@]}")
-python "$here/probe.py" "$encoder" "${shared[@]}" "${probe[@]}"
+stage probe "$encoder" "${shared[@]}" "${probe[@]}"
 for name in "${names[@]}"; do
-  stage=("$encoder" --name "$name" "${shared[@]}")
+  of=("$encoder" --name "$name" "${shared[@]}")
   case $name in full | zeroshot*) heads=() ;; *) heads=("${against[@]}") ;; esac
-  python "$here/finetune.py" "${stage[@]}" "${finetune[@]}" "${heads[@]}"
-  python "$here/make_vectors.py" "${stage[@]}"
-  python "$here/merge_eval.py" "${stage[@]}" "${search[@]}"
-  python "$here/disentangle.py" "${stage[@]}" "${disentangle[@]}"
-  if [ $attention = yes ] && [ "$name" != linearized ]; then python "$here/posthoc.py" "${stage[@]}"; fi
-  if [ $everything = yes ]; then python "$here/subsets.py" "${stage[@]}" "${search[@]}" "${subsets[@]}"; fi
+  stage finetune "${of[@]}" "${finetune[@]}" "${heads[@]}"
+  stage make_vectors "${of[@]}"
+  stage merge_eval "${of[@]}" "${search[@]}"
+  stage disentangle "${of[@]}" "${disentangle[@]}"
+  if [ $attention = yes ] && [ "$name" != linearized ]; then stage posthoc "${of[@]}"; fi
+  if [ $everything = yes ]; then stage subsets "${of[@]}" "${search[@]}" "${subsets[@]}"; fi
 done
-python "$here/report.py" "${report[@]}"
+stage report "${report[@]}"
+exec python "$here/lib/together.py" "${commands[@]}"

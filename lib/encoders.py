@@ -8,15 +8,17 @@ that later stages need: architecture, input, feature width, text tower, and the 
 it as defaults.
 """
 import difflib
+import functools
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from lib import images, language, ranks, texts
-from lib.files import Refused, load_tensors, save_tensors
+from lib.files import Refused, check_metadata, file_metadata, load_tensors, save_tensors
 from lib.hub import checked_download, go_offline_if_unreachable
 
 CLIP_400M_FILE = ("laion/scaling-laws-openclip", "Model-B-16_Data-400M_Samples-34B_lr-1e-3_bs-88k.pt")
@@ -48,7 +50,7 @@ class Encoder:
     What is stored becomes what the module takes by `prepare`, in training by `augment`.
     """
     name: str
-    module: torch.nn.Module  # (B, 3, S, S) normalised -> (B, D)
+    build: Callable          # () -> the module, once
     size: int                # S, pixels
     mean: tuple              # of pixels in [0, 1], per channel
     std: tuple
@@ -56,6 +58,11 @@ class Encoder:
     width: int               # D, the length of a feature
     fingerprint: str         # of theta_pre
     description: dict        # all that pretrained.safetensors says of it
+
+    @functools.cached_property
+    def module(self):
+        """(B, 3, S, S) normalised -> (B, D). Built when first asked for: what is there already needs none."""
+        return self.build()
 
     def prepare(self, stored):
         """(N, 3, s, s) uint8 on its device -> (N, 3, S, S) float32, resized, centre-cropped, normalised."""
@@ -106,13 +113,13 @@ def describe(module, architecture, size, mean, std, crop_pct, **more):
             "side": int(size / crop_pct), "text_tower": None, "tasks": None, "defaults": {}} | more
 
 
-def as_encoder(module, description, fingerprint="", folder=None):
-    """The Encoder that a description and a module make; of texts the language.TextEncoder of runs/ENCODER."""
+def as_encoder(build, description, fingerprint="", folder=None):
+    """The Encoder of a description and a function () -> module; of texts the TextEncoder of runs/ENCODER."""
     if "tokenizer" in description:
-        return language.as_encoder(module, description, fingerprint, folder)
+        return language.as_encoder(build, description, fingerprint, folder)
     own = {key: description[key] for key in ("size", "side", "width")}
     statistics = {key: tuple(description[key]) for key in ("mean", "std")}
-    return Encoder(description["encoder"], module, **own, **statistics, fingerprint=fingerprint,
+    return Encoder(description["encoder"], build, **own, **statistics, fingerprint=fingerprint,
                    description=description)
 
 
@@ -155,7 +162,9 @@ def load_encoder(name, runs, weights=None, image_size=None, prompts=None):
             if description["text_tower"] == language.LM_HEAD_FILE:
                 description |= asked
             save_encoder(path, module, description, source)
-    theta, description = load_tensors(path, f"python probe.py {name}", encoder=name)
+    made_by = f"python probe.py {name}"
+    description = file_metadata(path, made_by)
+    check_metadata(path, description, made_by, encoder=name)
     if source and source != description["source"]:
         raise Refused(f"{path} was not made from --weights {weights} (SHA-256 {source[:12]}): "
                       f"use another --runs")
@@ -167,9 +176,14 @@ def load_encoder(name, runs, weights=None, image_size=None, prompts=None):
     if prompts and asked != {key: description.get(key) for key in asked}:
         raise Refused(f"--prompts: {name} does not answer in words" if "prompts" not in description else
                       f"{path} was begun with other prompts: use another --runs")
-    module = build_architecture(description["architecture"])
-    module.load_state_dict(theta, strict=True)
-    return as_encoder(module.eval(), description, description["sha256"], path.parent)
+
+    def build():
+        theta, _ = load_tensors(path, made_by, sha256=description["sha256"])
+        module = build_architecture(description["architecture"])
+        module.load_state_dict(theta, strict=True)
+        return module.eval()
+
+    return as_encoder(build, description, description["sha256"], path.parent)
 
 
 def save_encoder(path, module, description, source=None):

@@ -10,8 +10,10 @@ does not train. Dropout is off, in training too.
 Shapes: B a batch, L tokens, D feature width, V vocabulary, C classes.
 Source  arXiv:2407.07089 (Flan-T5); arXiv:1908.10084 (pooling)
 """
+import functools
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +34,7 @@ EXAMPLE_LENGTH = 128
 class TextEncoder:
     """An encoder of texts: what lib/encoders.py's Encoder is for images, with the same methods."""
     name: str
-    module: torch.nn.Module  # (B, L) int32 or int64 tokens -> (B, D)
+    build: Callable          # () -> the module, once
     width: int               # D
     fingerprint: str         # of theta_pre
     description: dict        # all that pretrained.safetensors says of it
@@ -41,6 +43,11 @@ class TextEncoder:
     takes, unit = "texts", "text"
     wants = "one or two text columns (sentence; sentence1, sentence2; text; ...)"
     input_columns, cells = staticmethod(texts.input_columns), staticmethod(texts.cells)
+
+    @functools.cached_property
+    def module(self):
+        """(B, L) int32 or int64 tokens -> (B, D), built when first asked for."""
+        return self.build()
 
     def prepare(self, stored):
         """(N, L) int32 tokens as they are: the module tells real ones from padding."""
@@ -315,11 +322,11 @@ def type_separator(tokenizer, separator, config):
 # --------------------------------------------------------------------------------------- in runs/
 
 
-def as_encoder(module, description, fingerprint, folder):
+def as_encoder(build, description, fingerprint, folder):
     """The TextEncoder of runs/ENCODER."""
     tokenizer, _ = load_tokenizer(folder, description["tokenizer"])
     name, width = description["encoder"], description["width"]
-    return TextEncoder(name, module, width, fingerprint, description, tokenizer)
+    return TextEncoder(name, build, width, fingerprint, description, tokenizer)
 
 
 def load_lm_head(folder, encoder):

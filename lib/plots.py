@@ -76,7 +76,7 @@ def lambda_curve(path, merge, title, at_zero):
     axes.axhline(normalized[0], color="black", linestyle=":", linewidth=1)
     axes.annotate(at_zero, (lambdas[-1], normalized[0]), ha="right", va="bottom", fontsize=8)
     chosen = {"marker": "*", "markersize": 14, "color": "crimson", "linestyle": "none"}
-    axes.plot(best, max(normalized), label=f"chosen, lambda = {best:g}", **chosen)
+    axes.plot(best, normalized[lambdas.index(best)], label=f"chosen, lambda = {best:g}", **chosen)
     axes.set(xlabel="scaling coefficient lambda", ylabel="validation accuracy", ylim=(0, 1.03))
     axes.set_title(title, loc="left", fontsize=9)
     fig.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
@@ -188,8 +188,9 @@ def curves(path, merges):
     fig, axes = figure(7.6, 4.0)
     look = looks(merges)
     for label, merge in merges.items():
-        axes.plot(merge["lambdas"], merge["val"]["normalized"], label=label, markersize=3, **look[label])
-        axes.plot(merge["best_lambda"], max(merge["val"]["normalized"]), marker="*", markersize=12,
+        lambdas, normalized, best = merge["lambdas"], merge["val"]["normalized"], merge["best_lambda"]
+        axes.plot(lambdas, normalized, label=label, markersize=3, **look[label])
+        axes.plot(best, normalized[lambdas.index(best)], marker="*", markersize=12,
                   color=look[label]["color"])
     axes.axvline(0, color="grey", linewidth=0.8)
     axes.set(xlabel="scaling coefficient lambda", ylabel="mean normalized validation accuracy",

@@ -237,4 +237,4 @@ def small_encoder():
     torch.manual_seed(0)
     module = encoders.build_architecture(architecture).eval()
     description = encoders.describe(module, architecture, 16, (0.5,) * 3, (0.5,) * 3, 1.0, encoder="small")
-    return encoders.as_encoder(module, description, files.fingerprint(encoders.weights_of(module)))
+    return encoders.as_encoder(lambda: module, description, files.fingerprint(encoders.weights_of(module)))

@@ -105,7 +105,7 @@ def test_batch_norms_are_refused_by_name_not_by_a_traceback():
     architecture = {"library": "timm", "name": "resnet10t", "kwargs": {"num_classes": 0}}
     module = encoders.build_architecture(architecture).eval()
     description = encoders.describe(module, architecture, 32, (0.5,) * 3, (0.5,) * 3, 1.0, encoder="resnet")
-    encoder = encoders.as_encoder(module, description, "random")
+    encoder = encoders.as_encoder(lambda: module, description, "random")
     for begin in (linear_evaluator, lambda encoder: linearized.forward(module, encoder, CPU)):
         with pytest.raises(files.Refused, match=r"resnet has batch norms \(conv1\..*cannot be linearized"):
             begin(encoder)
@@ -280,7 +280,7 @@ def with_dropped_paths(encoder):
     architecture = architecture | {"kwargs": architecture["kwargs"] | {"drop_path_rate": 0.5, "depth": 3}}
     torch.manual_seed(0)
     module = encoders.build_architecture(architecture).eval()
-    return encoders.as_encoder(module, encoder.description, "twin")
+    return encoders.as_encoder(lambda: module, encoder.description, "twin")
 
 
 @pytest.mark.parametrize("recipe", ["aligned", "linearized"])

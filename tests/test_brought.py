@@ -181,7 +181,7 @@ def of_timm(name, size=224, **kwargs):
 
 def as_encoder(module, architecture, size):
     about = encoders.describe(module, architecture, size, (.5,) * 3, (.5,) * 3, 1.0, encoder="x")
-    return encoders.as_encoder(module, about)
+    return encoders.as_encoder(lambda: module, about)
 
 
 def agrees(encoder, theirs, feature, state=None):
@@ -307,7 +307,7 @@ def test_the_real_layouts_of_fusionbench_have_the_names_and_shapes_of_timm_and_o
                 ("timm", timm.create_model("convnext_base.fb_in1k", num_classes=0), convnext, set())]
     assert clip.config.hidden_act == "quick_gelu"
     for library, module, theirs, own in ours:
-        encoder = encoders.Encoder("x", module, *[None] * 6, {"architecture": {"library": library}})
+        encoder = encoders.Encoder("x", lambda: module, *[None] * 6, {"architecture": {"library": library}})
         wanted = {key: tensor.shape for key, tensor in module.state_dict().items()}
         state = prefixed(theirs.state_dict(), "vision_model." if theirs is clip else "")
         layout, prefix = brought.layout_of("x", state, wanted)

@@ -1,5 +1,6 @@
 """Every printed command runs in a folder left by the study, in any order, and nothing of it is lost."""
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -153,16 +154,14 @@ def asked_by_run_all(folder, *words):
     """What run_all.sh asks of python: called from a folder with a python that writes it down there."""
     log, fake = folder / "asked", folder / "python"
     fake.write_text("""#!/bin/sh
-[ "$1" = - ] && exit 0
-file=${1##*/}
-shift
-echo "$file" "$@" >> asked
+[ "$1" = - ] || echo "$@" >> asked
 """)
     fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
     environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
     finished = stage("bash", ROOT / "run_all.sh", *words, env=environment, cwd=folder)
     assert finished.returncode == 0, finished.stderr
-    return [line.replace(".py", "", 1) for line in log.read_text().splitlines()]
+    asked = itertools.chain(*[line.split(" -- ")[1:] for line in log.read_text().splitlines()])
+    return [line.removeprefix(f"{ROOT}/").replace(".py", "", 1) for line in asked]
 
 
 @pytest.mark.parametrize("flag, names", [("--everything", ["aligned", "full"]),

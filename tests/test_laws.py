@@ -98,26 +98,49 @@ def test_tasks_in_one_stream_keep_their_own_images_labels_and_heads(small_encode
         torch.testing.assert_close(features, alone, atol=1e-5, rtol=1e-5)
 
 
-def test_compiled_equals_eager_in_one_graph_also_after_the_weights_change(small_encoder):
+def test_compiled_equals_eager_in_one_graph_also_after_the_weights_change():
+    """The graph of one block serves all three."""
+    architecture = {"library": "timm", "name": "vit_tiny_patch16_224",
+                    "kwargs": {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2,
+                               "num_classes": 0}}
+    module = encoders.build_architecture(architecture).eval()
+    description = encoders.describe(module, architecture, 16, (0.5,) * 3, (0.5,) * 3, 1.0, encoder="three")
+    encoder = encoders.as_encoder(lambda: module, description)
     split, head = random_split(150, 4), random_head(4, 1)
     settings, predicted = [(0.0,), (0.3,), (1.0,)], {}
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with torch._inductor.config.patch(freezing=True):      # as TORCHINDUCTOR_FREEZING=1 sets it
         for compiled in (True, False):
-            evaluator = common.Evaluator(small_encoder, CPU, torch.float32, compiled)
-            evaluator.use_vectors([random_vector(small_encoder, 2)])
+            evaluator = common.Evaluator(encoder, CPU, torch.float32, compiled)
+            evaluator.use_vectors([random_vector(encoder, 2)])
             predicted[compiled] = evaluator.predictions([split], [head], settings)[0]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert torch.equal(predicted[True], predicted[False])
     assert not torch.equal(predicted[True][0], predicted[True][2])
 
 
+@pytest.mark.parametrize("name, blocks, kinds", [
+    ("vit_tiny_patch16_224", 12, 1), ("convnext_atto", 12, 4), ("resnet18", 0, 0), ("efficientnet_b0", 0, 0)])
+def test_what_is_compiled_are_blocks_that_share_their_code_and_weights(name, blocks, kinds):
+    with torch.device("meta"):
+        module = timm.create_model(name, num_classes=0).eval()
+    found, shapes = devices.repeated_blocks(module), set()
+    for block in found:
+        shapes.add(tuple((key, tensor.shape) for key, tensor in block.state_dict().items()))
+    assert (len(found), len(shapes)) == (blocks, kinds)
+    compiled = devices.compile_module(module)
+    assert {id(tensor) for tensor in compiled.parameters()} == {id(tensor) for tensor in module.parameters()}
+    assert isinstance(compiled, torch._dynamo.eval_frame.OptimizedModule) == (blocks == 0)
+    assert sum(part._compiled_call_impl is not None for part in compiled.modules()) == blocks
+    assert all(part._compiled_call_impl is None for part in module.modules())
+
+
 def scaled(encoder, factor):
     """An encoder with all its weights times a factor."""
     module = copying.deepcopy(encoder.module)
     module.load_state_dict({name: factor * tensor for name, tensor in weights_of(module).items()})
-    return dataclasses.replace(encoder, module=module)
+    return dataclasses.replace(encoder, build=lambda: module)
 
 
 @pytest.mark.parametrize("kind", [common.Evaluator, linearized.LinearizedEvaluator])
@@ -252,7 +275,7 @@ def test_a_batch_norm_merge_is_saved_as_it_is_evaluated():
     layers = torch.nn.Conv2d(3, 8, 16), torch.nn.BatchNorm2d(8), torch.nn.Flatten()
     module = torch.nn.Sequential(*layers).eval()
     description = encoders.describe(module, {}, 16, (0.5,) * 3, (0.5,) * 3, 1.0, encoder="batch norm")
-    encoder, split = encoders.as_encoder(module, description), random_split(40, 4)
+    encoder, split = encoders.as_encoder(lambda: module, description), random_split(40, 4)
     evaluator = common.Evaluator(encoder, CPU, torch.float32)
     evaluator.use_vectors([random_vector(encoder, 0) | {"1.running_var": torch.linspace(-9, 9, 8)}])
     [evaluated] = evaluator.features([split], [(0.3,)])
@@ -411,7 +434,7 @@ def test_resizing_on_the_device_matches_pillow_within_two_grey_levels():
     picture = rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)
     module = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 18), torch.nn.Flatten())
     description = encoders.describe(module, {}, 18, (0.5,) * 3, (0.5,) * 3, 0.9, encoder="one convolution")
-    encoder = encoders.as_encoder(module, description)
+    encoder = encoders.as_encoder(lambda: module, description)
     stored = torch.from_numpy(picture).permute(2, 0, 1)[None]
     ours = images.fit(stored, encoder.size, encoder.side)[0].permute(1, 2, 0).numpy()
     theirs = np.asarray(Image.fromarray(picture).resize((20, 20), Image.Resampling.BICUBIC))[1:19, 1:19]

@@ -29,7 +29,7 @@ def image_tower(model):
     """A CLIP's image tower as the encoder open_clip:ARCH, which names no checkpoint."""
     name = f"open_clip:{ARCH}"
     description = encoders.describe(model.visual, {}, 224, HALF, HALF, 1.0, encoder=name)
-    return encoders.as_encoder(model.visual, description | {"text_tower": encoders.text_tower(name)})
+    return encoders.as_encoder(lambda: model.visual, description | {"text_tower": encoders.text_tower(name)})
 
 
 @pytest.mark.parametrize("raw, written", [
