@@ -34,7 +34,7 @@ pretrain=()
 case $encoder in tiny*-few) pretrain=(--pictures 2400) ;; tiny*-large) pretrain=(--large) ;; esac
 
 # the flags of each stage
-shared=() studied=() probe=() finetune=() against=() search=() disentangle=() subsets=() report=()
+shared=() studied=() probe=() finetune=() against=() search=() merge=() disentangle=() subsets=() report=()
 while [ $# -gt 0 ]; do
   if [[ $1 == --*=* ]]; then set -- "${1%%=*}" "${1#*=}" "${@:2}"; fi
   case $1 in
@@ -51,6 +51,7 @@ while [ $# -gt 0 ]; do
     --steps | --lr | --batch-size | --micro-batch | --save-minutes) stages=finetune ;;
     --probe) stages=against ;;
     --lambdas | --lambda-max) stages=search ;;
+    --search | --error) stages=merge ;;
     --pairs | --points | --limit | --samples) stages=disentangle ;;
     --per-size | --images-per-task) stages=subsets ;;
     *) refuse "unknown flag $1" ;;
@@ -85,7 +86,7 @@ for name in "${names[@]}"; do
   case $name in full | zeroshot*) heads=() ;; *) heads=("${against[@]}") ;; esac
   stage finetune "${of[@]}" "${finetune[@]}" "${heads[@]}"
   stage make_vectors "${of[@]}"
-  stage merge_eval "${of[@]}" "${search[@]}"
+  stage merge_eval "${of[@]}" "${search[@]}" "${merge[@]}"
   stage disentangle "${of[@]}" "${disentangle[@]}"
   if [ $attention = yes ] && [ "$name" != linearized ]; then stage posthoc "${of[@]}"; fi
   if [ $everything = yes ]; then stage subsets "${of[@]}" "${search[@]}" "${subsets[@]}"; fi

@@ -44,11 +44,14 @@ def main(args):
                     found.append(np.stack([right_of(lam)[name][order[name][1][place]] for lam in lams]))
                 return found
 
-            order = {name: (np.sort(split.indices), split.indices.argsort()) for name, split in splits.items()}
-            right = {}
+            order, right = {}, {}
+            for name, split in splits.items():
+                order[name] = np.sort(split.indices), split.indices.argsort()
             best = race.fine_search(look, splits, single, lambdas, error, right_of(0.0), right, lambda: None)
-            of_tried = {lam: normalized_accuracy({name: hit.mean() for name, hit in right_of(lam).items()},
-                                                 single) for lam in sorted(right)}
+            of_tried = {}
+            for lam in sorted(right):
+                accuracy = {name: hit.mean() for name, hit in right_of(lam).items()}
+                of_tried[lam] = normalized_accuracy(accuracy, single)
             pick = max(of_tried, key=of_tried.get)
             of_grid = max(lambdas, key=lambda lam: of_tried[lam])
             n = len(right[0.0])
