@@ -368,7 +368,9 @@ def training(recipe, encoder, machine, batch_size):
     task = Task("bench", {"train": random_split(4 * batch_size, encoder.size)}, CLASSES, "", "")
     head, module = a_head(encoder, device), copy.deepcopy(encoder.module).to(device).train()
     choose_parameters(module, recipe.trained, encoder.name)
-    forward, amp = module, device.type == "cuda" and machine.dtype == torch.bfloat16
+    forward, amp = module, machine.dtype == torch.bfloat16
+    if amp and device.type == "cpu":
+        devices.unfuse_attention(module)
     if recipe.linear:
         forward = linearized.forward(module, encoder, device)
     elif machine.compiled and device.type == "cuda":

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from lib import generated, ranks, store
-from lib.devices import compile_module, evaluation_batch, tensor_float
+from lib.devices import compile_module, evaluation_batch, tensor_float, unfuse_attention
 from lib.encoders import weights_of
 from lib.files import Refused, load_tensors, save_tensors
 from lib.progress import progress
@@ -295,9 +295,7 @@ class Evaluator:
         self.unfused = []
         if compile and device.type == "cpu" and dtype == torch.bfloat16:
             # inductor's own softmax between two products is faster than fused attention
-            self.unfused = [part for part in self.module.modules() if getattr(part, "fused_attn", False)]
-        for part in self.unfused:
-            part.fused_attn = False
+            self.unfused = unfuse_attention(self.module)
         self.forward = compile_module(self.module) if compile else self.module
         self.batch_size = min(ranks.gather(evaluation_batch(self.example_pass, encoder, device, dtype)))
 

@@ -34,7 +34,7 @@ from lib.parameters import PARTS, choose_parameters
 from lib.progress import progress
 from lib.study import open_study, run
 from lib.training import (batches, check_search, choose_micro_batch, compare, evaluate, learning_rate,
-                          search_task)
+                          mixed_precision, search_task)
 from lib.vectors import head_file, task_vector
 
 LEARNING_RATES = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
@@ -117,11 +117,13 @@ def main(args):
     # ---------------------------------------------------- heads, the module that trains, the evaluator
     heads = first_heads(recipe, study, head_files, args.weights)
     module = copy.deepcopy(encoder.module).to(device).train()
+    amp = study.dtype == torch.bfloat16 and device.type != "mps"
+    if amp and device.type == "cpu":
+        devices.unfuse_attention(module)
     trainable = choose_parameters(module, recipe.trained, f"recipe {args.recipe} on {encoder.name}")
     searches = len(LEARNING_RATES) - 1 if settings["lr"] == "search" else 0
     images = 3 * (len(result.todo) + searches) * settings["steps"] * settings["batch_size"] / ranks.world()
     forward, why = training_forward(module, recipe, study, images)
-    amp = device.type == "cuda" and study.dtype == torch.bfloat16    # bf16 trains no faster on CPUs
     validated = sum(len(tasks[name].splits[split]) for name in result.todo for split in ("val", "test"))
     evaluator = study.evaluator(validated, recipe.linear, alone=True)
     zero_shot = {}
@@ -303,7 +305,7 @@ def train(forward, module, encoder, task, head, recipe, plan, amp=False, state=N
         optimizer.param_groups[0]["lr"] = learning_rate(step, plan["steps"], plan["lr"])
         total = 0.0                                        # the mean loss of the step
         for part, answers in encoder.training_parts(inputs[rows], labels[rows], micro_batch, generator):
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            with mixed_precision(device, amp):
                 features = forward(part)                   # (micro-batch, D)
             loss = F.cross_entropy(logits(features, head), answers)
             share = loss * (len(part) / len(rows))

@@ -140,6 +140,14 @@ def compile_module(module):
     return twin
 
 
+def unfuse_attention(module):
+    """Have timm's attention of a module made of two products and a softmax; returns the parts it changed."""
+    unfused = [part for part in module.modules() if getattr(part, "fused_attn", False)]
+    for part in unfused:
+        part.fused_attn = False
+    return unfused
+
+
 def repeated_blocks(module):
     """The blocks a module consists of, each kind (class and shapes) at least twice in its list; [] where
     not nearly all of its layers are in such blocks.

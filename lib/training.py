@@ -1,6 +1,8 @@
 """
 What pretrain.py, probe.py and finetune.py train by: the learning rate's course and search, the batch order.
 """
+import contextlib
+
 import numpy as np
 import torch
 
@@ -8,7 +10,7 @@ from common import mean
 from lib.devices import training_batch
 from lib.encoders import weights_of
 from lib.files import Refused, read_json
-from lib.linearized import batch_norms
+from lib.linearized import batch_norms, plain_attention
 from lib.vectors import task_vector
 
 
@@ -31,6 +33,17 @@ def batches(n, batch_size, steps, generator):
     return torch.cat(orders)[: batch_size * steps].view(steps, batch_size)
 
 
+@contextlib.contextmanager
+def mixed_precision(device, amp):
+    """Inside, a forward pass is in bf16 where `amp` is true, its weights, gradients and the rest in fp32.
+
+    On a CPU with plain attention: the fused kernel's backward pass takes longer there than all the rest.
+    """
+    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        with plain_attention() if amp and device.type == "cpu" else contextlib.nullcontext():
+            yield
+
+
 def choose_micro_batch(asked, forward, module, encoder, batch_size, device, amp):
     """Images that go through the encoder at a time: as asked, else all of a step's, on a GPU what fits.
 
@@ -38,7 +51,7 @@ def choose_micro_batch(asked, forward, module, encoder, batch_size, device, amp)
     Errors   Refused: a part of a step under batch norm, whose statistics are the whole batch's
     """
     def one_step(n):
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        with mixed_precision(device, amp):
             forward(encoder.example(n).to(device)).float().sum().backward()
         module.zero_grad()
 
