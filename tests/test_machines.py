@@ -11,6 +11,7 @@ import merge_eval
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, TASKS, perform, refuse
 from tf32 import Ampere, to_tf32
 
@@ -95,6 +96,41 @@ def test_a_compiler_that_fails_leaves_the_evaluator_eager_with_a_line(study, mon
     with pytest.raises(files.Refused, match="--compile on: compiling failed"):
         there.evaluator(1)
     torch._dynamo.reset()
+
+# --------------------------------------------------------------------------------------- bf16 in training
+
+
+class Operations(torch.utils._python_dispatch.TorchDispatchMode):
+    """Inside, the names of all operations are kept, each with the dtype of its first argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        dtype = getattr(args[0], "dtype", "") if args else ""
+        self.seen.add(f"{function} {dtype}".replace("torch.", ""))
+        return function(*args, **kwargs or {})
+
+
+def test_training_in_bf16_on_a_cpu_has_plain_attention_and_fp32_gradients(small_encoder):
+    module, images = small_encoder.module.train(), torch.randn(16, 3, 16, 16)
+    gradients, operations = {}, {}
+    for amp in (False, True):
+        with Operations() as ran:
+            with training.mixed_precision(CPU, amp):
+                features = module(images)
+            F.cross_entropy(features.float()[:, :4], torch.arange(16) % 4).backward()
+        gradients[amp] = {name: parameter.grad for name, parameter in module.named_parameters()}
+        operations[amp] = " ".join(ran.seen)
+        module.zero_grad()
+    assert "aten.addmm.default bfloat16" in operations[True] and "bfloat16" not in operations[False]
+    assert "flash_attention" in operations[False] and "flash_attention" not in operations[True]
+    for name, exact in gradients[False].items():
+        assert gradients[True][name].dtype == torch.float32
+        assert (gradients[True][name] - exact).norm() < 0.03 * exact.norm() + 1e-6, name
+    assert len(devices.unfuse_attention(module)) == 1 and devices.unfuse_attention(module) == []
+
 
 # --------------------------------------------------------------------------------------- TF32
 
