@@ -8,8 +8,9 @@ What the hardware can do, and what the evaluator, a fine-tuning step, a merge an
     python bench.py timm:vit_base_patch16_224 --image-size 224 --images 2000 --train-batch 128    # for a GPU
 
 Weights and images are random: nothing here depends on their values. Compiling and warm-up are timed apart;
-a rate is a median of --repeats with its range; what is compared is measured in turn: machines drift. Rules
-that merge vectors, and peaks of memory, are measured once.
+a rate is a median of --repeats with its range; what is compared is measured in turn, every other time in
+reverse, and a ratio is the median of pairs: machines drift. Rules that merge vectors, compiling from nothing
+and peaks of memory are measured once.
 
 Reads   with --study probe.json and */*.json of that folder, runs/ENCODER
 Writes  bench.json
@@ -18,6 +19,7 @@ import argparse
 import copy
 import functools
 import itertools
+import os
 import subprocess
 import sys
 import tempfile
@@ -39,6 +41,7 @@ from lib.study import run
 from lib.vectors import head_file, save_vector
 
 TRAINED = ["aligned", "attention", "linearized"]            # the recipes whose training is timed
+COMPILING = ["a block for all", "the whole encoder"]        # ways to compile it, ours and the usual one
 CLASSES = list(range(10))                                   # of a random task
 TEXT_SHAPE = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}    # all-MiniLM-L6-v2's
 STEP = 1e-3                                                 # a random task vector's deviation
@@ -60,18 +63,18 @@ def parse_args(argv=None):
     add("--n-tasks", type=flags.positive, default=8, help="tasks in the search (default 8)")
     add("--lambdas", type=flags.positive, default=10, help="weight settings in the search (default 10)")
     add("--train-batch", type=flags.positive, default=32, help="images per fine-tuning step (default 32)")
-    add("--repeats", type=flags.positive, default=3, help="runs of each measurement (default 3)")
+    add("--repeats", type=flags.positive, default=5, help="runs of each measurement (default 5)")
     add("--device", default="auto", help="cpu, cuda or auto")
     add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="of the forward pass")
     add("--compile", choices=["on", "off"], default="on", help="compile the forward pass (default on)")
     add("--quick", action="store_true", help="at most 16 images, 3 lambdas and 2 repeats; fewer steps")
     add("--study", type=Path, help="folder of a finished study, runs/ENCODER: adds its stages' seconds")
     add("--out", type=Path, default=Path("bench.json"), help="result file (default bench.json)")
-    add("--part", help=argparse.SUPPRESS)                   # internal: one part's peak memory and no more
+    add("--part", help=argparse.SUPPRESS)                   # internal: what wants a process of its own
     args = parser.parse_args(argv)
     if args.quick:
         args.images, args.lambdas = min(args.images, 16), min(args.lambdas, 3)
-        args.repeats = min(args.repeats, 2)
+        args.repeats = min(args.repeats, 3)
     return args
 
 
@@ -82,7 +85,8 @@ def main(args):
     compiled, _ = devices.compile_pays(args.compile, device, encoder, 0)
     machine = Machine(device, devices.pick_dtype(args.dtype, device)[0], compiled)
     if args.part:
-        print(part_peak(args.part, encoder, machine, batch))
+        print(compiling(args.part, encoder, machine) if args.part in COMPILING
+              else part_peak(args.part, encoder, machine, batch))
         return
     stages = study_seconds(args.study) if args.study else {}
     flops = devices.forward_flops(encoder)
@@ -101,17 +105,23 @@ def main(args):
     with tempfile.TemporaryDirectory() as folder:
         plain.write_images(Path(folder), splits)
         plain.write_weights(Path(folder), encoder, random_vectors(encoder, 1)[0])
-        rates = in_turn({
-            "evaluator": (n * args.lambdas, lambda: evaluator.hits(splits, heads, settings)),
-            "bare forward": bare_forward(evaluator, splits, args.lambdas),
-            "plain way": (n, lambda: plain.on_images(Path(folder), encoder, heads, device))}, repeats, device)
+        ways = {"evaluator": (n * args.lambdas, lambda: evaluator.hits(splits, heads, settings)),
+                "bare forward": bare_forward(evaluator, evaluator.forward, splits, args.lambdas),
+                "plain way": (n, lambda: plain.on_images(Path(folder), encoder, heads, device))}
+        if compiled and devices.repeated_blocks(evaluator.module):
+            whole = torch.compile(evaluator.module, dynamic=False)
+            ways["bare forward, compiled whole"] = bare_forward(evaluator, whole, splits, args.lambdas)
+            timed(bare_forward(evaluator, whole, splits[:1], 1)[1], device)
+        rates = in_turn(ways, repeats, device)
 
-    # ---------------------------------------------------- (c) fine-tuning under three recipes
+    # ---------------------------------------------------- (c) fine-tuning under three recipes, and in fp32
     trainings = {name: training(finetune.RECIPES[name], encoder, machine, batch) for name in TRAINED}
-    trained = {name: [] for name in TRAINED}                # images/s
-    for _ in range(repeats):
-        for name, train in trainings.items():
-            trained[name].append(train(4 if args.quick else 10)["images_per_second"])
+    if machine.dtype != torch.float32:
+        in_fp32 = machine._replace(dtype=torch.float32)
+        trainings["aligned, fp32"] = training(finetune.RECIPES["aligned"], encoder, in_fp32, batch)
+    steps = 4 if args.quick else 10
+    trained = in_turn({name: (steps * batch, functools.partial(train, steps))
+                       for name, train in trainings.items()}, repeats, device)      # images/s
 
     # ---------------------------------------------------- (d) merging, (e) a heat map
     writing = {}                                            # {vectors: seconds per lambda}
@@ -141,9 +151,15 @@ def main(args):
     # ---------------------------------------------------- (h) texts
     text_rates, text_flops = bench_texts(machine, 64 if args.quick else 2048, repeats)
 
+    # ---------------------------------------------------- start-up, compiling from nothing
+    starting = in_turn({"a stage": (1, started("merge_eval.py", "--help")),
+                        "torch alone": (1, started("-c", "import torch"))}, repeats, device)
+    starting = {name: np.divide(1, values).tolist() for name, values in starting.items()}       # s
+    cold = {way: own_process(args, way, "on") for way in COMPILING} if compiled else {}         # s
+
     # ---------------------------------------------------- peak memory, in processes of their own
     parts = ["search over 2 tasks", "search over 8 tasks", *(f"fine-tuning {name}" for name in TRAINED)]
-    peaks = {part: own_process(args, part) for part in parts}
+    peaks = {part: own_process(args, part, "off") for part in parts}
     encoder_bytes = sum(tensor.numel() * 4 for tensor in evaluator.theta_pre.values())
 
     # ---------------------------------------------------- save
@@ -152,7 +168,8 @@ def main(args):
         "config": {key: str(value) for key, value in vars(args).items()}, **about,
         "dtype": str(machine.dtype)[6:], "batch_size": evaluator.batch_size, "flops_per_image": flops,
         "matmul_flops_per_second": products, "copy_bytes_per_second": copies,
-        "compile_seconds": compile_seconds, "images_per_second": rates, "train_images_per_second": trained,
+        "compile_seconds": compile_seconds, "cold_compile_seconds": cold, "start_seconds": starting,
+        "images_per_second": rates, "train_images_per_second": trained,
         "seconds_per_merge": writing, "heat_map_images_per_second": grid,
         "linearized_images_per_second": linear_rates, "tokens_per_second": text_rates, "peak_bytes": peaks,
         "rules": [[*which, *measured] for which, measured in rules.items()],
@@ -187,6 +204,10 @@ def main(args):
     for (rule, count), (seconds, taken) in rules.items():
         rows.append([f"rule {rule}, {count} vectors on disk", "s; peak MiB besides", f"{seconds:.2f}", "",
                      f"{taken / 2 ** 20:.0f}"])
+    for name, values in starting.items():
+        rows.append([f"start-up, {name}", "s", spread(values), "", ""])
+    for way, seconds in cold.items():
+        rows.append([f"compiling from nothing, {way}", "s", f"{seconds:.1f}", "", ""])
     rows += [[f"peak memory, {part}", "MiB", f"{peak / 2 ** 20:.0f}", "", ""] for part, peak in peaks.items()]
     rows += [[f"study, {stage}", "s", f"{value:.0f}", "", ""] for stage, value in stages.items()]
     where = about["machine"]
@@ -273,10 +294,14 @@ def repeated(function, repeats, device):
 
 
 def in_turn(ways, repeats, device):
-    """{name: images/s, `repeats` values} of {name: (images of a call, function)}, a call of each in turn."""
+    """{name: images/s, `repeats` values} of {name: (images of a call, function)}, a call of each in turn.
+
+    Every other time in reverse, so that none always comes after the same other.
+    """
     rates = {name: [] for name in ways}
-    for _ in range(repeats):
-        for name, (images, function) in ways.items():
+    for repeat in range(repeats):
+        for name in list(ways)[::-1 if repeat % 2 else 1]:
+            images, function = ways[name]
             rates[name].append(images / timed(function, device))
     return rates
 
@@ -303,11 +328,11 @@ def ceiling(machine, repeats):
 
 
 @torch.inference_mode()
-def bare_forward(evaluator, splits, n_settings):
+def bare_forward(evaluator, module, splits, n_settings):
     """(images, function): a search's forward passes and nothing else, the evaluator's ceiling.
 
-    They are those of the evaluator's own module, compiled as it is, on batches that are prepared and stay on
-    the device.
+    They are those of `module`, the evaluator's own or the same compiled otherwise, on batches that are
+    prepared and stay on the device.
     """
     _, inputs = next(evaluator.chunks(splits))          # the first chunk of the stream, again and again
     prepared = inputs.split(evaluator.batch_size)
@@ -316,7 +341,7 @@ def bare_forward(evaluator, splits, n_settings):
     @torch.inference_mode()
     def forward():
         for i in range(count):
-            evaluator.forward(prepared[i % len(prepared)])
+            module(prepared[i % len(prepared)])
 
     return count * evaluator.batch_size, forward
 
@@ -388,12 +413,33 @@ def training(recipe, encoder, machine, batch_size):
 # --------------------------------------------------------------------------------------- memory, a study
 
 
-def own_process(args, part):
-    """part_peak with the same encoder, device and dtype in a process of its own, eager."""
+def started(*words):
+    """A function that runs Python with these words, to its end."""
+    return functools.partial(subprocess.run, [sys.executable, *words], check=True, cwd=Path(__file__).parent,
+                             stdout=subprocess.DEVNULL)
+
+
+def own_process(args, part, compile):
+    """The number that --part prints of the same encoder, device and dtype, with an empty cache of code."""
     words = [sys.executable, __file__, args.encoder, "--image-size", args.image_size, "--device", args.device,
-             "--dtype", args.dtype, "--train-batch", args.train_batch, "--compile", "off", "--part", part]
-    said = subprocess.run(list(map(str, words)), check=True, stdout=subprocess.PIPE, text=True).stdout
-    return int(said.split()[-1])
+             "--dtype", args.dtype, "--train-batch", args.train_batch, "--compile", compile, "--part", part]
+    with tempfile.TemporaryDirectory() as cache:
+        said = subprocess.run(list(map(str, words)), check=True, stdout=subprocess.PIPE, text=True,
+                              env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}).stdout
+    return float(said.split()[-1])
+
+
+def compiling(way, encoder, machine):
+    """Seconds from nothing to code compiled in one of COMPILING, the first batch's own pass taken off."""
+    eager = Evaluator(encoder, machine.device, machine.dtype)
+    if machine.device.type == "cpu" and machine.dtype == torch.bfloat16:
+        devices.unfuse_attention(eager.module)
+    with torch.inference_mode():
+        inputs = eager.as_dtype(encoder.example(eager.batch_size)).to(machine.device)
+        compiled = (devices.compile_module(eager.module) if way == COMPILING[0]
+                    else torch.compile(eager.module, dynamic=False))
+        first = timed(lambda: compiled(inputs), machine.device)
+        return first - timed(lambda: compiled(inputs), machine.device)
 
 
 def part_peak(part, encoder, machine, train_batch):

@@ -205,10 +205,10 @@ def test_bench_measures_every_part(left, tmp_path, monkeypatch, capsys):
     import bench
     own_process, asked = bench.own_process, []
 
-    def mostly_here(args, part):
+    def mostly_here(args, part, compile):
         asked.append(part)
         if len(asked) == 1:
-            return own_process(args, part)
+            return own_process(args, part, compile)
         encoder = bench.random_encoder(args.encoder, args.image_size)
         return bench.part_peak(part, encoder, bench.Machine(torch.device("cpu"), torch.float32, False), 8)
 
@@ -222,6 +222,6 @@ def test_bench_measures_every_part(left, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     for part in ("evaluator", "bare forward", "plain way", "heat map", "linearized, 1 lambda",
                  "merging, 8 vectors", "rule tsv-m, 8 vectors", "texts, evaluator", "texts, plain way",
-                 "peak memory, search over 8 tasks", "study, features"):
+                 "start-up, a stage", "peak memory, search over 8 tasks", "study, features"):
         assert f"| {part}" in said, part
     assert (tmp_path / "bench.json").exists()
