@@ -2,6 +2,7 @@
 Every picture of the study. Each function draws one file; values are fractions, task names label the axes.
 """
 import itertools
+import os
 
 import numpy as np
 
@@ -11,8 +12,7 @@ from lib.files import replacing
 
 def figure(width, height, rows=1, columns=1, **options):
     """A matplotlib figure of width x height inches and its axes, without a window system."""
-    import matplotlib
-    matplotlib.use("Agg")
+    os.environ["MPLBACKEND"] = "Agg"                       # what is set there may not be installed here
     import matplotlib.pyplot as plt
     return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **options)
 

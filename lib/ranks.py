@@ -7,18 +7,25 @@ results, and they are those of one process. A process on its own passes through 
 import contextlib
 import datetime
 import os
+import signal
+import sys
 
 import torch
 import torch.distributed as dist
 
 
 def rank():
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK", 0)) if started() else 0
 
 
 def world():
     """How many processes torchrun has started, 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE", 1)) if started() else 1
+
+
+def started():
+    """Whether processes are told where to meet, as by torchrun; a scheduler may count them without."""
+    return "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
 
 
 def local_rank():
@@ -34,7 +41,15 @@ def join():
     if world() > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            print(f"process {rank()} of {world()}, as RANK and WORLD_SIZE say: waiting for the others at "
+                  f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", file=sys.stderr, flush=True)
+        ended = signal.signal(signal.SIGTERM, signal.SIG_DFL)              # which waiting would not notice
         dist.init_process_group("gloo", timeout=datetime.timedelta(hours=12))
+        signal.signal(signal.SIGTERM, ended)
+    elif not started() and os.environ.get("WORLD_SIZE", "1") != "1":
+        print(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but nothing says where to meet (MASTER_ADDR, "
+              f"MASTER_PORT), as torchrun does: one process on its own", file=sys.stderr, flush=True)
 
 
 def wait():

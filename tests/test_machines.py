@@ -62,7 +62,8 @@ def test_a_device_without_code_for_products_is_found_out_at_once(monkeypatch):
 
 
 def test_a_gpu_by_its_number_is_refused_under_torchrun(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
     with pytest.raises(files.Refused, match="cuda:1 under torchrun: give --device cuda"):
         devices.pick_device("cuda:1")
 

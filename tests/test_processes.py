@@ -204,6 +204,24 @@ def test_jobs_claim_rows_in_one_order_so_that_no_two_wait_for_each_other(tmp_pat
     assert len(claimed) == 6 and claimed[:3] == claimed[3:]
 
 
+# --------------------------------------------------------------------------------------- not by torchrun
+
+
+def test_what_a_scheduler_leaves_in_the_environment_is_one_process_or_a_wait_that_can_be_ended(study):
+    command = [sys.executable, "report.py", "--runs", study / "none"]
+    left = os.environ | {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
+    finished = stage(*command, env=left)
+    assert finished.returncode == 2 and "one process on its own" in finished.stderr
+    assert "report.py: " in finished.stderr                # its own refusal, as without
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    waiting = subprocess.Popen(command, cwd=ROOT, env=left | meeting, stderr=subprocess.PIPE, text=True)
+    assert "process 1 of 2" in next(line for line in waiting.stderr if "process" in line)
+    time.sleep(0.5)
+    waiting.terminate()
+    assert waiting.wait(timeout=20) == -15
+    waiting.stderr.close()
+
+
 # --------------------------------------------------------------------------------------- ended midway
 
 
