@@ -160,10 +160,16 @@ class Study:
 
     @property
     def single_task(self):
-        """{"val", "test": {task: accuracy of its theta_t under its own head}}."""
+        """{"val", "test": {task: accuracy of its theta_t under its own head}}; Refused where one is 0."""
         rows, accuracy = self.finetuned["tasks"], {"val": {}, "test": {}}
         for split, name in itertools.product(accuracy, self.sources):
             accuracy[split][name] = rows[name][split]
+        none = [name for name in self.sources if 0 in (rows[name]["val"], rows[name]["test"])]
+        if none:
+            others = ",".join(name for name in self.sources if name not in none) or "others"
+            raise Refused(f"{', '.join(none)}: theta_t has no image right ({self.source.name}/finetune.json), "
+                          f"so there is no normalized accuracy: fine-tune longer, or go on with --tasks "
+                          f"{others}")
         return accuracy
 
     @property

@@ -374,6 +374,19 @@ def test_disentangle_refuses_odd_requests(study):
     assert "'glyphs-letters'" in refuse("disentangle", *runs, "glyphs,signs", "--pairs", "glyphs-letters")
 
 
+@pytest.mark.parametrize("name", ["merge_eval", "refit"])
+def test_a_single_task_without_a_hit_is_said_before_any_search_and_the_others_go_on(copy, name, capsys):
+    path = copy / "tiny/aligned/finetune.json"
+    there = json.loads(path.read_text())
+    there["tasks"]["signs"]["val"] = 0.0
+    path.write_text(json.dumps(there))
+    said = refuse(name, "tiny", "--runs", copy, "--lambdas", "2")
+    assert "signs: theta_t has no image right" in said and "--tasks glyphs,textures" in said
+    assert "evaluator" not in capsys.readouterr().out
+    if name == "merge_eval":
+        perform(name, "tiny", "--runs", copy, "--lambdas", "2", "--tasks", "glyphs,textures")
+
+
 def test_a_finished_study_run_again_does_nothing(copy, capsys):
     """Each stage with the settings of SMALL."""
     before = snapshot(copy)
