@@ -33,7 +33,8 @@ from safetensors.torch import load_file
 encoder = timm.create_model("local-dir:FOLDER", pretrained=True).eval()         # or hf-hub:USER/NAME
 heads, tasks = load_file("FOLDER/heads.safetensors"), json.load(open("FOLDER/config.json"))["tasks"]
 look = timm.data.create_transform(**timm.data.resolve_model_data_config(encoder))
-picture = ImageOps.fit(Image.open("PICTURE").convert("RGB"), (SIDE, SIDE))      # its centre square
+picture = Image.open("PICTURE").convert("RGB")
+picture = SQUARE
 with torch.no_grad():
     feature = encoder(look(picture)[None])[0]
 for task, about in tasks.items():
@@ -102,6 +103,14 @@ def main(args):
         push(args.folder, args.push)
 
 
+def square_of(frame):
+    """The expression, in the card's lines, of a picture as its frame makes it a square."""
+    shape, method = f"({frame.side}, {frame.side})", f"Image.{frame.interpolation.upper()}"
+    if frame.squash:
+        return f"picture.resize({shape}, {method})"
+    return f"ImageOps.fit(picture, {shape}, {method})      # its centre square"
+
+
 def tasks_of(opened):
     """{task: {"classes", "normalise"}} for config.json."""
     return {name: {"classes": list(map(str, opened.classes[name])), "normalise": head.normalise}
@@ -112,9 +121,10 @@ def write_encoder(folder, module, encoder, tasks):
     """model.safetensors and config.json, as timm writes them for the hub."""
     from timm.models import save_for_hf
     size = (3, encoder.size, encoder.size)
-    transform = {"input_size": size, "mean": encoder.mean, "std": encoder.std, "interpolation": "bicubic",
-                 "crop_pct": encoder.size / (encoder.side + 0.1),      # which timm rounds down again
-                 "crop_mode": "center"}
+    transform = {"input_size": size, "mean": encoder.mean, "std": encoder.std,
+                 "interpolation": encoder.frame.interpolation,
+                 "crop_pct": encoder.size / (encoder.frame.side + 0.1),      # which timm rounds down again
+                 "crop_mode": "squash" if encoder.frame.squash else "center"}
     save_for_hf(module, folder, model_config={"tasks": tasks}, safe_serialization=True,
                 model_args=encoder.description["architecture"]["kwargs"], data_config=transform)
 
@@ -146,7 +156,7 @@ def card(args, opened):
             f"{merge['config']['seed']}. Method: arXiv:2511.14569.")
     blocks = [("h1", f"{args.encoder}, {args.name}: one encoder, {len(opened.heads)} tasks"), ("p", about),
               ("table", rows), ("p", made), ("h2", "Use"),
-              ("p", "```python\n" + EXAMPLE.replace("SIDE", str(encoder.side)) + "```")]
+              ("p", "```python\n" + EXAMPLE.replace("SQUARE", square_of(encoder.frame)) + "```")]
     return "\n".join(front) + "\n" + pages.as_markdown(blocks, Path())
 
 

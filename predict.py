@@ -91,7 +91,7 @@ def main(args):
     write = csv_lines(sys.stdout) if args.csv else print_lines
     done, start = 0, time.perf_counter()
     for first in range(0, len(paths), BLOCK):
-        read, pixels = read_pictures(paths[first:first + BLOCK], opened.encoder.side)
+        read, pixels = read_pictures(paths[first:first + BLOCK], opened.encoder.frame)
         rows, splits = by_shape(pixels)
         answers = [{} for _ in read]                       # of each picture {task: [(class, probability)]}
         for tasks, vector, coefficient in passes if read else ():
@@ -155,7 +155,8 @@ def open_bundle(source, device):
     except Exception as error:  # timm, safetensors and the hub's client raise many types
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         raise Refused(f"{source} is no bundle that bundle.py has made ({reason})") from error
-    size, *config = (module.pretrained_cfg[key] for key in ("input_size", "mean", "std", "crop_pct"))
+    size, *config = (module.pretrained_cfg[key] for key in ("input_size", "mean", "std", "crop_pct",
+                                                            "interpolation", "crop_mode"))
     description = describe(module, {"name": source}, size[-1], *config, encoder=source)
     encoder = as_encoder(lambda: module, description)
     return Opened(encoder, heads, classes, None, folder)
@@ -227,11 +228,11 @@ def found(words):
             yield word
 
 
-def read_pictures(paths, side):
+def read_pictures(paths, frame):
     """([path], [(3, s, s) uint8]) of files, as those of a task are stored; what cannot be read is named."""
     def one(path):
         try:
-            return images.as_stored(images.as_seen(Image.open(path)), side)
+            return images.as_stored(images.as_seen(Image.open(path)), frame)
         except Exception as error:  # pillow and its codecs raise many types on a broken file
             return f"{type(error).__name__}: {' '.join(str(error).split())}"
 

@@ -54,7 +54,7 @@ class Encoder:
     size: int                # S, pixels
     mean: tuple              # of pixels in [0, 1], per channel
     std: tuple
-    side: int                # of the square a picture is resized to before the centre S x S is taken, pixels
+    frame: images.Frame      # the square that a picture becomes before the centre S x S is taken
     width: int               # D, the length of a feature
     fingerprint: str         # of theta_pre
     description: dict        # all that pretrained.safetensors says of it
@@ -66,7 +66,7 @@ class Encoder:
 
     def prepare(self, stored):
         """(N, 3, s, s) uint8 on its device -> (N, 3, S, S) float32, resized, centre-cropped, normalised."""
-        return images.normalise(images.fit(stored, self.size, self.side), self.mean, self.std)
+        return images.normalise(images.fit(stored, self.size, self.frame), self.mean, self.std)
 
     def augment(self, stored, generator):
         """(B, 3, s, s) uint8 on its device -> (B, 3, S, S) float32, each a random crop, normalised."""
@@ -82,11 +82,11 @@ class Encoder:
 
     def store(self, name, encoded, folder):
         """A data set's undecoded cells {split: cells}, decoded once to be kept: see images.store."""
-        return images.store(name, encoded, self.side, folder)
+        return images.store(name, encoded, self.frame, folder)
 
     def stored_as(self, name):
         """What decides, besides the data set, how a task is stored."""
-        return self.side
+        return self.frame.side if self.frame == images.Frame(self.frame.side) else self.frame
 
     @property
     def settings(self):
@@ -101,8 +101,15 @@ class Encoder:
     input_columns, cells = staticmethod(images.input_columns), staticmethod(images.cells)
 
 
-def describe(module, architecture, size, mean, std, crop_pct, **more):
-    """The description of an encoder's file; evaluation resizes to size / crop_pct and takes the centre."""
+def describe(module, architecture, size, mean, std, crop_pct, interpolation="bicubic", crop_mode="center",
+             **more):
+    """The description of an encoder's file; evaluation resizes to size / crop_pct and takes the centre.
+
+    crop_mode   timm's word: center cuts a picture to a square first, squash resizes both edges
+    """
+    if interpolation not in ("bicubic", "bilinear") or crop_mode not in ("center", "squash"):
+        raise Refused(f"{architecture.get('name')} wants its pictures {interpolation} and {crop_mode}: known "
+                      f"are bicubic and bilinear, center and squash")
     with torch.no_grad():
         feature = module(torch.zeros(1, 3, size, size, device=next(module.parameters()).device))
     if not torch.is_tensor(feature) or feature.ndim != 2:
@@ -110,14 +117,16 @@ def describe(module, architecture, size, mean, std, crop_pct, **more):
         raise Refused(f"{architecture.get('name')} gives {found} for an image, not one feature (1, D)")
     width = feature.shape[1]
     return {"architecture": architecture, "size": size, "mean": list(mean), "std": list(std), "width": width,
-            "side": int(size / crop_pct), "text_tower": None, "tasks": None, "defaults": {}} | more
+            "side": int(size / crop_pct), "interpolation": interpolation, "squash": crop_mode == "squash",
+            "text_tower": None, "tasks": None, "defaults": {}} | more
 
 
 def as_encoder(build, description, fingerprint="", folder=None):
     """The Encoder of a description and a function () -> module; of texts the TextEncoder of runs/ENCODER."""
     if "tokenizer" in description:
         return language.as_encoder(build, description, fingerprint, folder)
-    own = {key: description[key] for key in ("size", "side", "width")}
+    own = {key: description[key] for key in ("size", "width")}
+    own["frame"] = images.Frame(*[description[key] for key in images.Frame._fields if key in description])
     statistics = {key: tuple(description[key]) for key in ("mean", "std")}
     return Encoder(description["encoder"], build, **own, **statistics, fingerprint=fingerprint,
                    description=description)
@@ -305,7 +314,8 @@ def build_timm(name, file, image_size):
         module.reset_classifier(0)
         kwargs["num_classes"] = 0
     return module, {"architecture": {"library": "timm", "name": name, "kwargs": kwargs}, "size": size,
-                    "mean": config.mean, "std": config.std, "crop_pct": config.crop_pct}
+                    "mean": config.mean, "std": config.std, "crop_pct": config.crop_pct,
+                    "interpolation": config.interpolation, "crop_mode": config.crop_mode}
 
 
 def build_open_clip(name, weights, image_size):
@@ -319,15 +329,17 @@ def build_open_clip(name, weights, image_size):
     if config.get("quick_gelu"):
         kwargs["force_quick_gelu"] = True
     # the tag's own, which open_clip forgets where a file is given
-    statistics = {key: config[key] for key in ("mean", "std") if key in config}
+    own = {key: config[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in config}
     with checked_download(None if weights else config.get("hf_hub")):
         model = open_clip.create_model(arch, pretrained=str(weights) if weights else tag,
-                                       force_preprocess_cfg=statistics, **kwargs)
+                                       force_preprocess_cfg=own, **kwargs)
     module = only_the_feature(model.visual)
     config = module.preprocess_cfg
     size = config["size"] if isinstance(config["size"], int) else config["size"][0]
     return module, {"architecture": {"library": "open_clip", "name": arch, "kwargs": kwargs}, "size": size,
-                    "mean": config["mean"], "std": config["std"], "crop_pct": 1.0}
+                    "mean": config["mean"], "std": config["std"], "crop_pct": 1.0,
+                    "interpolation": config["interpolation"],
+                    "crop_mode": {"shortest": "center"}.get(config["resize_mode"], config["resize_mode"])}
 
 
 def only_the_feature(tower):

@@ -6,6 +6,7 @@ Shapes: N pictures, B a batch, s pixels a side as stored, S pixels a side as the
 import functools
 import io
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +25,20 @@ UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
            7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
 
+class Frame(NamedTuple):
+    """How a picture becomes a square: resized by which interpolation, and cut at both ends or squashed."""
+    side: int                          # pixels
+    interpolation: str = "bicubic"     # or "bilinear"
+    squash: bool = False
+
+    def square(self, image):
+        """A PIL image as a square one."""
+        method = Image.Resampling[self.interpolation.upper()]
+        if self.squash:
+            return image.resize((self.side, self.side), method)
+        return ImageOps.fit(image, (self.side, self.side), method)
+
+
 def input_columns(features):
     """[the image column] among a data set's features; [] where there is none, or more than one."""
     import datasets
@@ -37,17 +52,17 @@ def cells(rows, columns):
     return rows.cast_column(columns[0], datasets.Image(decode=False))[columns[0]]
 
 
-def store(name, encoded, side, folder):
+def store(name, encoded, frame, folder):
     """Decode the undecoded image columns {"train", "test"} of a task into folder/SPLIT_inputs.npy.
 
-    Pictures of one small square size keep it, all others become the centre square at `side` pixels.
+    Pictures of one small square size keep it, all others become a Frame's squares.
     Returns  {split: (N, 3, s, s) uint8, memory-mapped}
     Errors   Refused: a picture that cannot be decoded, named with its index; a full disk
     """
-    native = one_small_square_size(encoded, side)
+    native = one_small_square_size(encoded, frame.side)
     count = sum(len(cells) for cells in encoded.values())
-    make_room(folder.parent, count * 3 * (native or side) ** 2, f"decoded images of task {name}")
-    return {split: decode_split(name, split, cells, native, side, folder / f"{split}_inputs.npy")
+    make_room(folder.parent, count * 3 * (native or frame.side) ** 2, f"decoded images of task {name}")
+    return {split: decode_split(name, split, cells, native, frame, folder / f"{split}_inputs.npy")
             for split, cells in encoded.items()}
 
 
@@ -90,8 +105,8 @@ def one_small_square_size(encoded, side):
     return first[0]
 
 
-def decode_split(name, split, cells, native, side, path):
-    """Decode `cells` in threads into .npy, (N, 3, s, s) uint8: the centre square, bicubic unless native."""
+def decode_split(name, split, cells, native, frame, path):
+    """Decode `cells` in threads into .npy, (N, 3, s, s) uint8: as they are where native, else as framed."""
     def decode(index, cell):
         try:
             image = as_seen(open_image(cell))
@@ -99,9 +114,9 @@ def decode_split(name, split, cells, native, side, path):
             reason = f"{type(error).__name__}: {error}"
             message = f"task {name}: image {index} of split {split} cannot be decoded ({reason})"
             raise Refused(message[:300]) from error
-        return as_array(image if native else ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC))
+        return as_array(image if native else frame.square(image))
 
-    shape = (len(cells), 3, native or side, native or side)
+    shape = (len(cells), 3, native or frame.side, native or frame.side)
     pixels = new_array(path, shape, np.uint8)
     with ThreadPoolExecutor() as pool, progress(len(cells), f"decode {name} {split}", "img") as bar:
         for start in range(0, len(cells), 512):
@@ -118,33 +133,35 @@ def as_array(image):
     return np.asarray(image).transpose(2, 0, 1)
 
 
-def as_stored(image, side):
-    """(3, s, s) uint8 of one RGB PIL image: as it is where it is a small square, else its centre square."""
-    small = image.width == image.height <= side
-    return as_array(image if small else ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC))
+def as_stored(image, frame):
+    """(3, s, s) uint8 of one RGB PIL image: as it is where it is a small square, else a Frame's square."""
+    small = image.width == image.height <= frame.side
+    return as_array(image if small else frame.square(image))
 
 
 # --------------------------------------------------------------------------------------- on the device
 
 
-def fit(images, size, side):
-    """(N, 3, s, s) uint8 -> (N, 3, S, S) uint8: antialiased bicubic to `side`, then the centre S x S."""
+def fit(images, size, frame):
+    """(N, 3, s, s) uint8 -> (N, 3, S, S) uint8: antialiased to a Frame's side, then the centre S x S."""
     from torchvision.transforms.v2 import InterpolationMode, functional
-    if images.shape[-1] != side and images.device.type == "cpu":
-        images = functional.resize(images, [side, side], InterpolationMode.BICUBIC, antialias=True)
-    elif images.shape[-1] != side:
-        images = resize_in_two_passes(images, side)
+    if images.shape[-1] != frame.side and images.device.type == "cpu":
+        method = InterpolationMode(frame.interpolation)
+        images = functional.resize(images, [frame.side, frame.side], method, antialias=True)
+    elif images.shape[-1] != frame.side:
+        images = resize_in_two_passes(images, frame)
     return functional.center_crop(images, [size, size])
 
 
-def resize_in_two_passes(images, side):
+def resize_in_two_passes(images, frame):
     """(N, 3, s, s) uint8 -> (N, 3, side, side) uint8 as Pillow does: along rows, rounded, then along columns.
 
     For GPUs, where torchvision's own is one pass in float: what leaves 0 to 255 between the passes is not cut
     off, and the picture is another by up to 31 grey levels.
     """
-    for shape in ((images.shape[-2], side), (side, side)):
-        wide = F.interpolate(images.float(), shape, mode="bicubic", align_corners=False, antialias=True)
+    for shape in ((images.shape[-2], frame.side), (frame.side, frame.side)):
+        wide = F.interpolate(images.float(), shape, mode=frame.interpolation, align_corners=False,
+                             antialias=True)
         images = wide.round_().clamp_(0, 255).to(torch.uint8)
     return images
 

@@ -175,7 +175,7 @@ def gathered(parts, labels, phrases, encoder, device, at_most=None, seed=0):
     fitted = []
     for part in parts:
         for block in torch.from_numpy(np.array(part)).split(4096):
-            fitted.append(images.fit(block, encoder.size, encoder.side))
+            fitted.append(images.fit(block, encoder.size, encoder.frame))
     pixels = torch.cat(fitted)
     if at_most:
         if at_most > len(pixels):

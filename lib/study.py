@@ -167,9 +167,8 @@ class Study:
         none = [name for name in self.sources if 0 in (rows[name]["val"], rows[name]["test"])]
         if none:
             others = ",".join(name for name in self.sources if name not in none) or "others"
-            raise Refused(f"{', '.join(none)}: theta_t has no image right ({self.source.name}/finetune.json): "
-                          f"there is no normalized accuracy: fine-tune longer, or go on with --tasks "
-                          f"{others}")
+            raise Refused(f"{', '.join(none)}: theta_t has no image right ({self.source.name}/finetune.json) "
+                          f"and so no normalized accuracy: fine-tune longer, or go on with --tasks {others}")
         return accuracy
 
     @property

@@ -122,7 +122,7 @@ def units(device):
         pictures = 255 * rng.integers(0, 2, (4, low, low, 3), dtype=np.uint8)
         theirs = np.stack([Image.fromarray(picture).resize((high, high), Image.Resampling.BICUBIC)
                            for picture in pictures]).astype(int)
-        ours = images.fit(torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device), high, high)
+        ours = images.fit(torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device), high, images.Frame(high))
         worst = max(worst, np.abs(ours.permute(0, 2, 3, 1).cpu().numpy() - theirs).max().item())
     claims["grey levels between fit and Pillow"] = claim(worst, 2)
 

@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from stand_in_hub import client_environment, serve, write_data_set, write_timm_model
 
-from lib import encoders, linearized, reading
+from lib import encoders, images, linearized, reading
 from lib.devices import forward_flops
 from lib.encoders import load_encoder
 from lib.files import Refused
@@ -34,6 +34,17 @@ TIMM_NAME = TIMM.removeprefix("timm:")
 
 
 # --------------------------------------------------------------------------------------- architectures
+
+
+class Flat(torch.nn.Module):
+    """(B, 3, S, S) -> (B, 3), the mean of each channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, images):
+        return images.mean((2, 3)) * self.scale
 
 
 @pytest.mark.parametrize("name, width, parameters, statistics, crop", [
@@ -68,7 +79,7 @@ def test_the_eight_named_encoders(name, width, parameters, statistics, crop, mon
     assert taken["crop_pct"] == crop and taken["size"] == 224
     encoder = encoders.as_encoder(lambda: module, encoders.describe(module, **taken, encoder=name))
     assert (encoder.mean, encoder.std) == statistics and (encoder.size, encoder.width) == (224, width)
-    assert encoder.side == (248 if crop == 0.9 else 224)
+    assert encoder.frame.side == (248 if crop == 0.9 else 224)
     rebuilt = encoders.build_architecture(taken["architecture"])
     shapes = {key: tensor.shape for key, tensor in module.state_dict().items()}
     assert {key: tensor.shape for key, tensor in rebuilt.state_dict().items()} == shapes
@@ -112,7 +123,7 @@ def test_an_open_clip_tower_from_a_local_file_gives_its_projected_feature(tmp_pa
     with torch.no_grad():
         torch.testing.assert_close(encoder.module(images), model.encode_image(images))
     assert (encoder.mean, encoder.std) == CLIP
-    assert encoder.side == encoder.size == 224             # the whole picture, no margin cropped
+    assert encoder.frame.side == encoder.size == 224             # the whole picture, no margin cropped
     assert load_encoder(OPEN_CLIP, tmp_path / "runs").fingerprint == encoder.fingerprint
 
 
@@ -148,6 +159,36 @@ def test_a_module_without_one_feature_per_image_is_refused():
     for groups, said in ((1, r"\(1, 6, 3, 3\)"), (3, "tuple")):
         with pytest.raises(Refused, match=f"maps gives {said} for an image"):
             encoders.describe(Maps(3, 6, 2, groups=groups), {"name": "maps"}, 4, *HALF, 1.0)
+
+
+@pytest.mark.parametrize("name, frame", [
+    ("vit_tiny_patch16_224.augreg_in21k_ft_in1k", images.Frame(248)),
+    ("cspdarknet53.ra_in1k", images.Frame(288, "bilinear")),
+    ("dm_nfnet_f0.dm_in1k", images.Frame(213, squash=True)),
+    ("vit_base_patch16_lingbot.robbyant", images.Frame(512, "bilinear", squash=True))])
+def test_a_picture_is_framed_as_the_checkpoints_own_transform_has_it(name, frame):
+    config = timm.models.get_pretrained_cfg(name)
+    size = config.input_size[-1]
+    description = encoders.describe(Flat(), {}, size, config.mean, config.std, config.crop_pct,
+                                    config.interpolation, config.crop_mode, encoder=name)
+    encoder = encoders.as_encoder(Flat, description)
+    assert encoder.frame == frame
+    smooth = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    for shape in ((400, 400), (400, 300)):
+        picture = Image.fromarray(smooth).resize(shape, Image.Resampling.BICUBIC)
+        look = timm.data.create_transform(config.input_size, interpolation=config.interpolation,
+                                          mean=config.mean, std=config.std, crop_pct=config.crop_pct,
+                                          crop_mode=config.crop_mode)
+        stored = torch.tensor(images.as_stored(picture, encoder.frame))[None]
+        worst = (encoder.prepare(stored)[0] - look(picture)).abs()
+        assert worst.mean() < 0.03 and worst.quantile(0.99) < 0.15
+    other = torch.tensor(images.as_stored(picture, frame._replace(squash=not frame.squash)))[None]
+    assert (encoder.prepare(other)[0] - look(picture)).abs().mean() > 0.1
+
+
+def test_a_transform_that_is_not_known_is_refused():
+    with pytest.raises(Refused, match="bicubic and border: known are"):
+        encoders.describe(Flat(), {"name": "x"}, 224, *HALF, 1.0, crop_mode="border")
 
 
 @pytest.mark.parametrize("name", ["pit_ti_224", "cait_xxs24_224", "coat_lite_tiny"])

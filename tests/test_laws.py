@@ -436,7 +436,7 @@ def test_resizing_on_the_device_matches_pillow_within_two_grey_levels():
     description = encoders.describe(module, {}, 18, (0.5,) * 3, (0.5,) * 3, 0.9, encoder="one convolution")
     encoder = encoders.as_encoder(lambda: module, description)
     stored = torch.from_numpy(picture).permute(2, 0, 1)[None]
-    ours = images.fit(stored, encoder.size, encoder.side)[0].permute(1, 2, 0).numpy()
+    ours = images.fit(stored, encoder.size, encoder.frame)[0].permute(1, 2, 0).numpy()
     theirs = np.asarray(Image.fromarray(picture).resize((20, 20), Image.Resampling.BICUBIC))[1:19, 1:19]
     assert ours.shape == (18, 18, 3) and np.abs(ours.astype(int) - theirs).max() <= 2
     pixels = (torch.from_numpy(ours).float() / 255 - 0.5) / 0.5
@@ -455,7 +455,7 @@ def test_resizing_in_two_passes_matches_pillow_also_where_one_pass_in_float_does
                   for picture in pictures]
         theirs = torch.from_numpy(np.stack(theirs)).permute(0, 3, 1, 2).int()
         one = functional.resize(stored.float(), [high, high], InterpolationMode.BICUBIC, antialias=True)
-        ours = images.resize_in_two_passes(stored, high)
+        ours = images.resize_in_two_passes(stored, images.Frame(high))
         assert ours.dtype == torch.uint8
         worst["two passes"] = max(worst["two passes"], int((ours.int() - theirs).abs().max()))
         worst["one"] = max(worst["one"], int((one.clamp(0, 255).round().int() - theirs).abs().max()))
@@ -468,7 +468,7 @@ def test_pictures_are_resized_in_two_passes_on_every_device_but_a_cpu(monkeypatc
                         lambda *given: resized.append(given[0].device.type) or in_two_passes(*given))
     for device in ("cpu", "meta"):
         stored = torch.zeros(2, 3, 12, 12, dtype=torch.uint8, device=device)
-        assert images.fit(stored, 18, 20).shape == (2, 3, 18, 18)
+        assert images.fit(stored, 18, images.Frame(20)).shape == (2, 3, 18, 18)
     assert resized == ["meta"]
 
 
