@@ -10,6 +10,7 @@ it as defaults.
 import difflib
 import functools
 import hashlib
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -234,7 +235,11 @@ def build_architecture(architecture):
     if architecture["library"] == "transformers":
         return language.build_architecture(architecture)
     import open_clip
-    model = open_clip.create_model(architecture["name"], pretrained=None, **architecture["kwargs"])
+    logging.disable(logging.WARNING)         # "initialized randomly": until its weights are loaded, a line on
+    try:
+        model = open_clip.create_model(architecture["name"], pretrained=None, **architecture["kwargs"])
+    finally:
+        logging.disable(logging.NOTSET)
     return only_the_feature(model.visual)
 
 

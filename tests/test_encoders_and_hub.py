@@ -113,34 +113,42 @@ def test_a_convolutional_encoder_at_another_size(tmp_path):
     assert encoder.module(torch.zeros(1, 3, 64, 64)).shape == (1, 320)
 
 
-def test_an_open_clip_tower_from_a_local_file_gives_its_projected_feature(tmp_path):
+def test_an_open_clip_tower_from_a_local_file_gives_its_projected_feature(tmp_path, caplog):
     import open_clip
     torch.manual_seed(0)
     model = open_clip.create_model("ViT-S-32-alt").eval()
     torch.save(model.state_dict(), tmp_path / "clip.pt")
+    caplog.clear()
     encoder = load_encoder(OPEN_CLIP, tmp_path / "runs", tmp_path / "clip.pt")
-    images = torch.randn(2, 3, 224, 224)
+    pictures = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
-        torch.testing.assert_close(encoder.module(images), model.encode_image(images))
+        torch.testing.assert_close(encoder.module(pictures), model.encode_image(pictures))
+    assert "randomly" not in caplog.text
     assert (encoder.mean, encoder.std) == CLIP
     assert encoder.frame.side == encoder.size == 224             # the whole picture, no margin cropped
     assert load_encoder(OPEN_CLIP, tmp_path / "runs").fingerprint == encoder.fingerprint
 
 
-def test_a_file_of_weights_keeps_the_statistics_of_its_tag(tmp_path):
+def test_a_file_of_weights_keeps_the_statistics_and_the_transform_of_its_tag(tmp_path):
     import open_clip
     tower, asked = SimpleNamespace(output_tokens=True), {}
 
     def create(arch, **kwargs):
         asked.update(kwargs)
-        tower.preprocess_cfg = {"size": 256, "mean": CLIP[0], "std": CLIP[1]} | kwargs["force_preprocess_cfg"]
+        known = {"size": 256, "mean": CLIP[0], "std": CLIP[1], "interpolation": "bicubic",
+                 "resize_mode": "shortest"}
+        tower.preprocess_cfg = known | kwargs["force_preprocess_cfg"]
         return SimpleNamespace(visual=tower)
 
-    for name, statistics in (("ViT-B-16-SigLIP/webli", HALF), ("ViT-B-32/laion2b_s34b_b79k", CLIP),
-                             ("ViT-B-32/of-ones-own", CLIP)):
+    center, squash = ("bicubic", "center"), ("bicubic", "squash")
+    for name, statistics, transform in (
+            ("ViT-B-16-SigLIP/webli", HALF, squash), ("ViT-B-32/laion2b_s34b_b79k", CLIP, center),
+            ("ViT-B-32/of-ones-own", CLIP, center),
+            ("ViT-L-14-CLIPA/datacomp1b", IMAGENET, ("bilinear", "squash"))):
         with mock.patch.object(open_clip, "create_model", create):
             _, taken = encoders.build_open_clip(name, tmp_path / "file.pt", None)
         assert (taken["mean"], taken["std"]) == statistics
+        assert (taken["interpolation"], taken["crop_mode"]) == transform
         assert asked["pretrained"] == str(tmp_path / "file.pt") and not tower.output_tokens
 
 
