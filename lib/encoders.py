@@ -249,19 +249,25 @@ def build_pretrained(name, weights, image_size, folder):
     folder   runs/ENCODER, for what goes beside an encoder of texts
     """
     library, _, model = (ENCODERS.get(name) or name).partition(":")
+
+    def build(image_size):
+        if library == "transformers":
+            return language.build(model, weights, folder)
+        if library == "open_clip":
+            return build_open_clip(model, weights, image_size)
+        return build_timm(model, checkpoint_file(name, weights), image_size)
+
     try:
         if not weights:
             go_offline_if_unreachable()
-        if library == "transformers":
-            module, taken = language.build(model, weights, folder)
-        elif library == "open_clip":
-            module, taken = build_open_clip(model, weights, image_size)
-        else:
-            module, taken = build_timm(model, checkpoint_file(name, weights), image_size)
+        module, taken = build(image_size)
     except Refused:
         raise
     except Exception as error:  # the hub client and torch's unpickler raise many types
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
+        if image_size and succeeds(lambda: build(None)):
+            raise Refused(f"{name} does not take images of {image_size} pixels ({reason}): give another "
+                          f"--image-size") from error
         raise Refused(f"--weights {weights} is no checkpoint of {name} ({reason})" if weights else
                       f"encoder {name} wants its checkpoint from the hub and could not get it ({reason}): "
                       f"give it as a local file with --weights FILE") from error
@@ -274,6 +280,14 @@ def build_pretrained(name, weights, image_size, folder):
         if not torch.isfinite(tensor).all():
             raise Refused(f"{weights or name}: {key} holds values that are not finite")
     return module.float(), description
+
+
+def succeeds(function):
+    try:
+        function()
+    except Exception:  # of the same many types: it is the outcome that is asked for
+        return False
+    return True
 
 
 def describe_images(name, module, taken):
@@ -310,10 +324,12 @@ def build_timm(name, file, image_size):
     config = get_pretrained_cfg(name)
     size = image_size or config.input_size[-1]
     kwargs = {"img_size": size} if config.fixed_input_size and size != config.input_size[-1] else {}
-    overlay = {"pretrained_cfg_overlay": {"file": str(file)}} if file else {}
+    keeps_head = "_clip_" in name and "_ft_" not in name
+    own = {} if keeps_head or not file else head_of(file, config)
+    overlay = {"pretrained_cfg_overlay": {"file": str(file), **own}} if file else {}
     with checked_download(None if file else config.hf_hub_id):
-        module = timm.create_model(name, pretrained=True, **kwargs, **overlay)  # own classes: a strict load
-    if "_clip_" in name and "_ft_" not in name:
+        module = timm.create_model(name, pretrained=True, **kwargs, **own, **overlay)     # a strict load
+    if keeps_head:
         kwargs["num_classes"] = module.num_classes
     else:
         module.reset_classifier(0)
@@ -321,6 +337,20 @@ def build_timm(name, file, image_size):
     return module, {"architecture": {"library": "timm", "name": name, "kwargs": kwargs}, "size": size,
                     "mean": config.mean, "std": config.std, "crop_pct": config.crop_pct,
                     "interpolation": config.interpolation, "crop_mode": config.crop_mode}
+
+
+def head_of(file, config):
+    """{"num_classes": of a file's own classifier, 0 without one}; {} where it has as many as its name says.
+
+    It is not kept, but has to fit for the rest to be loaded strictly.
+    """
+    from timm.models import load_state_dict
+    tensors, classifier = load_state_dict(str(file)), config.classifier
+    weight = tensors.get(f"{classifier if isinstance(classifier, str) else classifier[0]}.weight")
+    by_another_name = any(tensor.shape[:1] == (config.num_classes,) for tensor in tensors.values())
+    if weight is None and by_another_name or weight is not None and len(weight) == config.num_classes:
+        return {}
+    return {"num_classes": 0 if weight is None else len(weight)}
 
 
 def build_open_clip(name, weights, image_size):

@@ -137,7 +137,31 @@ def test_a_checkpoint_of_another_architecture_missing_keys_or_with_nan_is_refuse
         weights = tmp_path / f"{name}.safetensors"
         save_file(state, weights)
         assert said in refuse("probe", TIMM, "--weights", weights, "--runs", runs, "--tasks", "glyphs")
+    save_file(good, tmp_path / "good.safetensors")
+    words = ["--weights", tmp_path / "good.safetensors", "--runs", runs, "--tasks", "glyphs"]
+    said = refuse("probe", TIMM, *words, "--image-size", "8")
+    assert f"{TIMM} does not take images of 8 pixels" in said and "good.safetensors" not in said
     assert not runs.exists() or not snapshot(runs)
+
+
+def test_a_head_that_is_thrown_away_need_not_fit(tmp_path):
+    """None, of other classes, and with nothing said of theta_pre's: the same encoder."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    from lib import encoders
+    good, found = timm.create_model("vit_tiny_patch16_224").state_dict(), {}
+    headless = {key: tensor for key, tensor in good.items() if not key.startswith("head.")}
+    ten = headless | {"head.weight": torch.ones(10, 192), "head.bias": torch.ones(10)}
+    for name, state in {"good": good, "headless": headless, "ten": ten}.items():
+        save_file(state, tmp_path / f"{name}.safetensors")
+        torch.save({"state_dict": {f"module.{key}": tensor for key, tensor in state.items()}},
+                   tmp_path / f"{name}.pt")
+        for file in (f"{name}.safetensors", f"{name}.pt"):
+            encoder = encoders.load_encoder(TIMM, tmp_path / f"runs-{file}", tmp_path / file, 32)
+            found[file] = encoder.fingerprint
+    assert len(found) == 6 and len(set(found.values())) == 1
 
 
 @pytest.mark.parametrize("name, gone, said", [
