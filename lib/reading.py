@@ -5,6 +5,7 @@ files say.
 import errno
 import glob
 import math
+import os
 import re
 import unicodedata
 import warnings
@@ -16,7 +17,7 @@ from lib import hub
 from lib.encoders import near
 from lib.files import Refused
 
-READING = 3        # raise it where the same files would be read as other inputs or labels than before
+READING = 4        # raise it where the same files would be read as other inputs or labels than before
 # the columns that say what an input is: the first line of which a data set has one, then its only column of
 # named classes; the last are of CIFAR-100 and of webdatasets
 LABEL_COLUMNS = {"label", "labels"}, {"fine_label"}, {"cls"}
@@ -246,12 +247,14 @@ def image_folder(source):
     """
     import datasets
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-    pictures = {}
-    for path in sorted(Path(source).rglob("*"), key=str):
+    pictures, of_other_endings = {}, []
+    for path in files_below(source):
         folders = path.relative_to(source).parts[:-1]
         if path.suffix == ".parquet" or path.name in ImageFolder.METADATA_FILENAMES:
             return {}                                       # labels are in a table
         hidden = any(part.startswith((".", "__")) for part in (*folders, path.name))
+        if not hidden and path.suffix.lower() not in ImageFolder.EXTENSIONS:
+            of_other_endings.append(path)
         if hidden or path.suffix.lower() not in ImageFolder.EXTENSIONS:
             continue
         place = next((place for place, part in enumerate(folders) if part.lower() in SPLIT_FOLDERS), None)
@@ -283,7 +286,22 @@ def image_folder(source):
                                      label=datasets.ClassLabel(names=sorted(example)))
         columns = {"image": list(paths), "label": list(classes)}
         found[split] = datasets.Dataset.from_dict(columns, features=features)
+    if found and of_other_endings:
+        print(f"{source}: {len(of_other_endings):,} files whose names do not end as pictures' are left out, "
+              f"as {of_other_endings[0]}", flush=True)
     return found
+
+
+def files_below(folder):
+    """Paths of all files below a folder, in order, also through links to folders, no folder twice."""
+    found, been = [], set()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(here) in been:                  # a link to what is above it
+            folders.clear()
+            continue
+        been.add(os.path.realpath(here))
+        found += [Path(here, name) for name in names]
+    return sorted(found, key=str)
 
 
 def data_files(source):

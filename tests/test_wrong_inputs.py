@@ -228,6 +228,24 @@ def test_splits_that_share_a_file_are_refused(tmp_path):
         read(folder)
 
 
+def test_folders_that_are_links_are_read_and_files_of_other_endings_are_counted(tmp_path, capsys):
+    """A class and a split elsewhere, and a link that leads back up."""
+    folder, elsewhere = image_folder(tmp_path / "pets"), tmp_path / "elsewhere"
+    expected = read(folder)
+    capsys.readouterr()
+    elsewhere.mkdir()
+    for place in ("train/cat", "test"):
+        (folder / place).rename(elsewhere / Path(place).name)
+        (folder / place).symlink_to(elsewhere / Path(place).name)
+    (folder / "train/dog/up").symlink_to(folder)
+    (folder / "train/dog/000.txt").write_text("a dog")
+    (folder / "train/dog/picture").write_bytes(b"")
+    (folder / ".hidden").write_bytes(b"")
+    assert read(folder) == expected
+    assert f"2 files whose names do not end as pictures' are left out, as {folder}/train/dog/000.txt" in \
+        capsys.readouterr().out
+
+
 def test_pictures_beside_folders_of_pictures_are_refused(tmp_path):
     folder = image_folder(tmp_path / "pets")
     (folder / "train/cat/000.png").rename(folder / "train/000.png")
