@@ -33,7 +33,6 @@ from safetensors.torch import load_file
 encoder = timm.create_model("local-dir:FOLDER", pretrained=True).eval()         # or hf-hub:USER/NAME
 heads, tasks = load_file("FOLDER/heads.safetensors"), json.load(open("FOLDER/config.json"))["tasks"]
 look = timm.data.create_transform(**timm.data.resolve_model_data_config(encoder))
-picture = Image.open("PICTURE").convert("RGB")
 picture = SQUARE
 with torch.no_grad():
     feature = encoder(look(picture)[None])[0]
@@ -105,10 +104,11 @@ def main(args):
 
 def square_of(frame):
     """The expression, in the card's lines, of a picture as its frame makes it a square."""
-    shape, method = f"({frame.side}, {frame.side})", f"Image.{frame.interpolation.upper()}"
+    picture, shape = 'Image.open("PICTURE").convert("RGB")', f"({frame.side}, {frame.side})"
+    method = f"Image.{frame.interpolation.upper()}"
     if frame.squash:
-        return f"picture.resize({shape}, {method})"
-    return f"ImageOps.fit(picture, {shape}, {method})      # its centre square"
+        return f"{picture}.resize({shape}, {method})"
+    return f"ImageOps.fit({picture}, {shape}, {method})      # its centre square"
 
 
 def tasks_of(opened):

@@ -199,7 +199,8 @@ def mere_pictures(source):
 def decoded(name, source, encoder, runs):
     """The pictures of a folder without labels, (N, 3, s, s) uint8, decoded once into runs/inputs/."""
     cells = [{"bytes": None, "path": str(path)} for path in mere_pictures(source)]
-    identity = json.dumps([name, "unlabelled", store.identify_source(source, None), encoder.side])
+    identity = json.dumps([name, "unlabelled", store.identify_source(source, None),
+                           encoder.stored_as(name)])
     folder = runs / "inputs" / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
     if not folder.exists():
         with replacing(folder) as temporary:

@@ -107,7 +107,7 @@ def test_an_analysis_whose_code_changed_is_made_anew_and_what_it_replaces_is_kep
     perform("merge_eval", *words)
     before = contents(folder)
     assert set(before) == {"merge.json", "merge.png", "merged.safetensors"}
-    edit(code_copy / "merge_eval.py", "max(normalized) - 0.02", "max(normalized) - 0.03")
+    edit(code_copy / "merge_eval.py", "normalized[best] - 0.02", "normalized[best] - 0.03")
     capsys.readouterr()
     perform(code_copy / "merge_eval.py", *words)
     said = capsys.readouterr().out
