@@ -235,7 +235,7 @@ def build_architecture(architecture):
     if architecture["library"] == "transformers":
         return language.build_architecture(architecture)
     import open_clip
-    logging.disable(logging.WARNING)         # "initialized randomly": until its weights are loaded, a line on
+    logging.disable(logging.WARNING)                       # "initialized randomly", until weights are loaded
     try:
         model = open_clip.create_model(architecture["name"], pretrained=None, **architecture["kwargs"])
     finally:
@@ -345,6 +345,8 @@ def head_of(file, config):
     It is not kept, but has to fit for the rest to be loaded strictly.
     """
     from timm.models import load_state_dict
+    if file.suffix == ".npz":                               # of JAX, which timm reads in its own way
+        return {}
     tensors, classifier = load_state_dict(str(file)), config.classifier
     weight = tensors.get(f"{classifier if isinstance(classifier, str) else classifier[0]}.weight")
     by_another_name = any(tensor.shape[:1] == (config.num_classes,) for tensor in tensors.values())
