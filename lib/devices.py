@@ -131,13 +131,12 @@ def compile_module(module):
     import torch._inductor.config as inductor
     inductor.freezing = inductor.triton.cudagraphs = False
     torch._dynamo.config.recompile_limit = 64              # kinds of blocks times shapes of input; else 8
-    if not repeated_blocks(module):
-        return torch.compile(module, dynamic=False)
     shared = {id(tensor): tensor for tensor in itertools.chain(module.parameters(), module.buffers())}
     twin = copy.deepcopy(module, shared)                   # the module's own blocks stay eager
-    for block in repeated_blocks(twin):
+    blocks = repeated_blocks(twin)
+    for block in blocks:
         block.compile(dynamic=False)
-    return twin
+    return twin if blocks else torch.compile(module, dynamic=False)
 
 
 def unfuse_attention(module):

@@ -253,9 +253,10 @@ def image_folder(source):
         if path.suffix == ".parquet" or path.name in ImageFolder.METADATA_FILENAMES:
             return {}                                       # labels are in a table
         hidden = any(part.startswith((".", "__")) for part in (*folders, path.name))
-        if not hidden and path.suffix.lower() not in ImageFolder.EXTENSIONS:
+        if hidden:
+            continue
+        if path.suffix.lower() not in ImageFolder.EXTENSIONS:
             of_other_endings.append(path)
-        if hidden or path.suffix.lower() not in ImageFolder.EXTENSIONS:
             continue
         place = next((place for place, part in enumerate(folders) if part.lower() in SPLIT_FOLDERS), None)
         split = "all" if place is None else SPLIT_FOLDERS[folders[place].lower()]
