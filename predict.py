@@ -37,6 +37,7 @@ from lib.encoders import Encoder, as_encoder, describe, load_encoder, near, run_
 from lib.files import Refused, load_tensors, read_json
 from lib.hub import checked_download
 from lib.linearized import LinearizedEvaluator
+from lib.reading import files_below
 from lib.study import run
 from lib.vectors import head_file, load_vector
 
@@ -210,12 +211,12 @@ def found(words):
 
     Errors  Refused: a folder without a picture, a pattern that fits nothing
     """
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    endings = images.endings()
     for word in words:
         if word == "-":
             yield from filter(None, (line.rstrip("\r\n") for line in sys.stdin))
         elif os.path.isdir(word):
-            below = sorted(path for path in Path(word).rglob("*") if path.suffix.lower() in endings)
+            below = [path for path in files_below(word) if path.suffix.lower() in endings]
             if not below:
                 raise Refused(f"{word} holds no picture")
             yield from map(str, below)

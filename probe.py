@@ -154,7 +154,7 @@ def fit_head(features, task):
     labels = torch.from_numpy(task.splits["train"].labels).to(train.device)
     middle = train.mean(0)
     variances, axes = torch.linalg.eigh(torch.cov(train.T, correction=0))      # (D,), (D, D)
-    variance = variances.mean()
+    variance = variances.mean().clamp_min(1e-30)            # 0 where all features are the same
     axes, variances = axes / variance.sqrt(), (variances / variance).clamp_min(0)
     inputs = (train - middle) @ axes                       # (N, D) along the principal axes
     weight = torch.zeros(len(task.classes), len(middle), device=train.device)

@@ -117,7 +117,10 @@ def compile_pays(mode, device, encoder, images):
         return False, "no Python.h here, as of a package python3-dev"
     if mode == "on":
         return True, "--compile on"
-    work, enough = images * forward_flops(encoder), COMPILE_FLOPS[device.type]
+    try:
+        work, enough = images * forward_flops(encoder), COMPILE_FLOPS[device.type]
+    except Exception as error:  # of the counter itself, which goes through any module's operations
+        return False, f"its operations could not be counted ({' '.join(str(error).split())[:100]})"
     return work >= enough, f"{work:.1e} FLOP ahead, compiling pays from {enough:.0e}"
 
 

@@ -19,6 +19,7 @@ from lib.progress import progress
 
 # --------------------------------------------------------------------------------------- decoding, once
 
+SAMPLE_FORMAT, SIGNED = 339, (2,)                            # of TIFF: the tag, and whole numbers below 0 too
 ORIENTATION = 0x0112                                        # the EXIF tag, and what undoes its values
 UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
            4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
@@ -40,10 +41,22 @@ class Frame(NamedTuple):
 
 
 def input_columns(features):
-    """[the image column] among a data set's features; [] where there is none, or more than one."""
+    """[the image column] among a data set's features; [] where there is none, or more than one.
+
+    Without one of images what pandas leaves of it counts: {"bytes", "path"}, or bytes alone.
+    """
     import datasets
-    found = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
-    return found if len(found) == 1 else []
+    raw = datasets.Value("binary"), datasets.Value("large_binary")
+    images = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
+    structs = [column for column, kind in features.items()
+               if isinstance(kind, dict) and kind.keys() <= {"bytes", "path"} and kind.get("bytes") in raw]
+    plain = [column for column, kind in features.items() if kind in raw]
+    return next((found for found in (images, structs, plain) if len(found) == 1), [])
+
+
+def endings():
+    """Of the files that Pillow reads, with those of its plug-ins: {".png", ...}."""
+    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
 def cells(rows, columns):
@@ -74,20 +87,38 @@ def open_image(cell):
 def as_seen(image):
     """The RGB image that a viewer shows of a PIL image: upright as its EXIF says, on white where transparent.
 
-    Of 16 bits a channel the upper 8 count, as Pillow itself has it for colours.
-    Errors  ValueError: a grey whose white is not known
+    Of 16 bits a channel the upper 8 count, as Pillow itself has it for colours, and of 32 likewise. Of floats
+    1 is white.
+    Errors  ValueError: a grey of 32 bits that is no picture by this
     """
     image.load()
     turn = UPRIGHT.get(image.getexif().get(ORIENTATION))
     if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise ValueError("32 bits a pixel do not say what is white: store it with 8 or 16 bits")
+        image = Image.fromarray(of_32_bits(image))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
     return image if turn is None else image.transpose(turn)
+
+
+def of_32_bits(image):
+    """(h, w) uint8 of a grey PIL image of whole numbers or floats, white the largest of their type or 1.
+
+    Errors  ValueError: values below 0 or above white, or none of which 8 bits would keep anything
+    """
+    values = np.asarray(image)
+    signed = getattr(image, "tag_v2", {}).get(SAMPLE_FORMAT) == SIGNED
+    if image.mode == "I" and not signed:
+        values = values.view(np.uint32)                     # Pillow has them signed
+    white = 1.0 if image.mode == "F" else np.iinfo(values.dtype).max
+    low, high = float(values.min()), float(values.max())
+    if not 0 <= low <= high <= white or 0 < high < white / 256:
+        raise ValueError(f"its 32 bits a pixel hold {low:.6g} to {high:.6g}, where 0 is black and "
+                         f"{white:.6g} white: store it with 8 or 16 bits")
+    return np.minimum(values * (256 / white), 255).astype(np.uint8)
 
 
 def one_small_square_size(encoded, side):

@@ -9,6 +9,7 @@ vector answers every lambda, every subset and every cell of a heat map by a few 
 Source  arXiv:2305.12827 (Ortiz-Jimenez et al.); arXiv:2407.07089 section 3
 """
 import contextlib
+import re
 
 import numpy as np
 import torch
@@ -56,12 +57,22 @@ def batch_norms(module):
     return [name for name, part in module.named_modules() if isinstance(part, kind)]
 
 
-def refuse_batch_norm(encoder):
-    """Refused where features also depend on running statistics, for which there is no derivative."""
+@contextlib.contextmanager
+def refuse_no_derivative(encoder):
+    """Around one pass of one input: Refused where an operation of the encoder has no forward-mode derivative.
+
+    Also where features depend on running statistics, for which there is none.
+    """
     found = batch_norms(encoder.module)
     if found:
         raise Refused(f"{encoder.name} has batch norms ({found[0]}): their running statistics have no "
                       f"derivative, so that it cannot be linearized")
+    try:
+        yield
+    except NotImplementedError as error:
+        named = re.search(r"forward AD with (\w+)", str(error))
+        reason = f"{named[1]} has no forward-mode derivative" if named else " ".join(str(error).split())[:200]
+        raise Refused(f"{encoder.name} cannot be linearized: {reason}") from error
 
 
 def names_once(module):
@@ -77,7 +88,6 @@ def names_once(module):
 
 def forward(module, encoder, device):
     """The function that finetune.py trains: the module holds theta_t, what moves is theta_t - theta_pre."""
-    refuse_batch_norm(encoder)
     theta_pre = {name: tensor.to(device) for name, tensor in weights_of(encoder.module).items()}
 
     def linear(inputs):
@@ -86,6 +96,9 @@ def forward(module, encoder, device):
         features, tangent = expand(module, theta_pre, tau, inputs)
         return features + tangent
 
+    with refuse_no_derivative(encoder):
+        linear(encoder.example(1).to(device)).sum().backward()
+    module.zero_grad()
     return linear
 
 
@@ -96,8 +109,9 @@ class LinearizedEvaluator(Evaluator):
     """
 
     def __init__(self, encoder, *machine, **more):
-        refuse_batch_norm(encoder)
         super().__init__(encoder, *machine, **more)
+        with refuse_no_derivative(encoder), torch.inference_mode():
+            self.example_pass(self.as_dtype(encoder.example(1)).to(self.device))
 
     def example_pass(self, inputs):
         return expand(self.module, self.slots, self.slots, inputs)    # theta_pre in place of a vector

@@ -43,8 +43,9 @@ def choose_parameters(module, trained, what):
             found = filter(None, [re.search(rf"(?:^|\.){pattern}", name) for pattern in holders])
             left_out += [match[0].removeprefix(".") for match in found]
     if count == 0:
-        raise Refused(f"{what}: no parameter is named like {trained!r}; "
-                      f"recipes aligned and full train any encoder")
+        names = [name for name, _ in module.named_parameters()]
+        raise Refused(f"{what}: by its name no parameter is one that it trains (they are {names[0]} to "
+                      f"{names[-1]}); recipes aligned and full train any encoder")
     if left_out:
         named = ", ".join(sorted(set(left_out)))
         raise Refused(f"{what} would leave out {named} ({len(left_out)} matrices): "

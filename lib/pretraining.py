@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
 import common
 from lib import captions, encoders, flags, generated, images, store
@@ -192,7 +191,7 @@ def mere_pictures(source):
     """The picture files that lie in a local folder itself, in order: a data set without labels."""
     if not Path(source).is_absolute():
         return []
-    endings = Image.registered_extensions()
+    endings = images.endings()
     return sorted(path for path in Path(source).iterdir() if path.suffix.lower() in endings)
 
 

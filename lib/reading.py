@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from lib import hub
+from lib import hub, images
 from lib.encoders import near
 from lib.files import Refused
 
@@ -123,7 +123,9 @@ def pick_columns(which, features, asked, encoder):
             break
     if not columns or len(labels) != 1:
         hint = "" if labels else near("label", list(features), 0.7)
-        raise Refused(f"{which} needs {encoder.wants} and one column `label`, found {', '.join(features)}"
+        found = [f"{column} ({getattr(kind, 'dtype', type(kind).__name__)})"
+                 for column, kind in features.items()]
+        raise Refused(f"{which} needs {encoder.wants} and one column `label`, found {', '.join(found)}"
                       f"{hint}: name them, as in NAME=PLACE:IMAGE:LABEL")
     return columns, labels[0]
 
@@ -163,7 +165,10 @@ def read_labels(which, rows, column, takes="images", scores=False):
             raise Refused(f"{which} has other than one class in some rows of column `{column}`: "
                           f"one class a picture is needed")
         values, feature = [value[0] for value in values], feature.feature
-    if {type(value) for value in values} not in ({int}, {str}):
+    kinds = {type(value) for value in values}
+    if kinds <= {bool, int, float} and all(float(value).is_integer() for value in values):
+        values, kinds = [int(value) for value in values], {int}
+    if kinds not in ({int}, {str}):
         raise Refused(f"{which}: the labels in column `{column}` are not all whole numbers, nor all names")
     names = getattr(feature, "names", None)
     if isinstance(values[0], str):
@@ -206,7 +211,12 @@ def fetch(name, source, config):
         raise Refused(f"task {name}: {refusal}" if local else str(refusal)) from refusal
     except Exception as error:  # datasets and its backends raise a dozen types for a bad folder or no hub
         refuse_cache(f"task {name}: {source}", error)
-        reason = f"{type(error).__name__}: {error}"[:300]
+        if local and "[" in source and isinstance(error, FileNotFoundError):
+            raise Refused(f"task {name}: `datasets` takes [ in {source} for a pattern: rename that "
+                          f"folder") from error
+        while error.__cause__:                              # DatasetGenerationError says nothing itself
+            error = error.__cause__
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         remedy = (f"put its parquet files or an image folder in DIR/{name} and give --data DIR, "
                   f"or {name}=FOLDER in --tasks")
         raise Refused(
@@ -247,7 +257,7 @@ def image_folder(source):
     """
     import datasets
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-    pictures, of_other_endings = {}, []
+    pictures, of_other_endings, endings = {}, [], images.endings()
     for path in files_below(source):
         folders = path.relative_to(source).parts[:-1]
         if path.suffix == ".parquet" or path.name in ImageFolder.METADATA_FILENAMES:
@@ -255,7 +265,7 @@ def image_folder(source):
         hidden = any(part.startswith((".", "__")) for part in (*folders, path.name))
         if hidden:
             continue
-        if path.suffix.lower() not in ImageFolder.EXTENSIONS:
+        if path.suffix.lower() not in endings:
             of_other_endings.append(path)
             continue
         place = next((place for place, part in enumerate(folders) if part.lower() in SPLIT_FOLDERS), None)

@@ -9,7 +9,7 @@ import numpy as np
 
 from lib import generated, ranks
 from lib.files import Refused, block_checksums, checksum, replacing, save_array
-from lib.reading import READING, place_and_columns, read_dataset
+from lib.reading import READING, files_below, place_and_columns, read_dataset
 
 
 def stored_folder(name, source, registered, encoder, runs, seed):
@@ -44,7 +44,7 @@ def identify_source(source, seed):
     if not Path(place).is_absolute():
         return [source, READING]
     files = []
-    for path in sorted(Path(place).rglob("*")):
+    for path in sorted(files_below(place)):
         if path.is_file():
             files.append([str(path.relative_to(place)), path.stat().st_size, path.stat().st_mtime_ns])
     return [source, READING, files]

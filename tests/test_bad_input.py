@@ -71,7 +71,7 @@ def break_parquet(folder):
 
 @pytest.mark.parametrize("make, said", [
     (lambda folder: folder.mkdir(), "does not load as a data set"),
-    (write_a_note, "needs one image column and one column `label`, found text"),
+    (write_a_note, "needs one image column and one column `label`, found text (string)"),
     (lambda folder: image_folder(folder, n_train=0), "has splits test; train and test are needed"),
     (break_nothing, "a fifth of each of its 2 classes is 2 rows in all; at least 10 are needed"),
     (break_image, "image 7 of split train cannot be decoded"),
@@ -162,6 +162,9 @@ def test_a_head_that_is_thrown_away_need_not_fit(tmp_path):
             encoder = encoders.load_encoder(TIMM, tmp_path / f"runs-{file}", tmp_path / file, 32)
             found[file] = encoder.fingerprint
     assert len(found) == 6 and len(set(found.values())) == 1
+    [ours] = tmp_path.glob("runs-good.pt/*/pretrained.safetensors")
+    again = encoders.load_encoder(TIMM, tmp_path / "again", ours, 32)
+    assert again.fingerprint == encoder.fingerprint         # a file of ours: pretrained, merged
 
 
 @pytest.mark.parametrize("name, gone, said", [

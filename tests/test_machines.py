@@ -82,6 +82,15 @@ def test_nothing_is_compiled_without_a_compiler_or_the_headers_of_python(monkeyp
             assert "no compiler here" in devices.compile_pays("on", device, small_encoder, 1)[1]
 
 
+def test_operations_that_cannot_be_counted_leave_it_eager(monkeypatch, small_encoder):
+    def fail(*_):
+        raise KeyError("an operation of its own")
+
+    monkeypatch.setattr("torch.utils.flop_counter.FlopCounterMode.get_total_flops", fail)
+    compiled, why = devices.compile_pays("auto", torch.device("cpu"), small_encoder, 10 ** 9)
+    assert not compiled and "could not be counted ('an operation of its own')" in why
+
+
 def test_a_compiler_that_fails_leaves_the_evaluator_eager_with_a_line(study, monkeypatch, capsys, tmp_path):
     torch._dynamo.reset()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))            # where nothing is compiled yet

@@ -72,6 +72,15 @@ def test_the_penalty_is_picked_on_validation_and_of_equals_the_largest(monkeypat
     assert hits / len(labels) == max(accuracies)
 
 
+def test_features_that_are_all_the_same_give_the_most_frequent_class():
+    features, task = random_task(n=60, width=30, n_classes=5)
+    alike = {split: torch.full_like(rows, 0.3).bfloat16() for split, rows in features.items()}
+    head, _ = probe.fit_head(alike, task)
+    assert all(tensor.isfinite().all() for tensor in (head.weight, head.bias))
+    frequent = np.bincount(task.splits["train"].labels).argmax()
+    assert (common.predict(alike["test"], head) == int(frequent)).all()
+
+
 def test_scale_and_shift_of_the_features_change_nothing():
     """One grid for every encoder: its penalty is relative to the features' variance."""
     features, task = random_task()

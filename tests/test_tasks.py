@@ -2,6 +2,7 @@
 import common
 import datasets
 import numpy as np
+import pandas
 import pytest
 from conftest import image_folder
 from test_wrong_inputs import named, png, read, tables
@@ -118,7 +119,7 @@ def test_the_label_column_is_found_by_rule(tmp_path, given, classes, capsys):
 ])
 def test_columns_that_no_rule_tells_apart_are_asked_for_and_named(tmp_path, given):
     folder = tables(tmp_path / "pets", train=given, test=given)
-    with pytest.raises(files.Refused, match="one column `label`, found image, .*NAME=PLACE:IMAGE:LABEL"):
+    with pytest.raises(files.Refused, match="one column `label`, found image .*NAME=PLACE:IMAGE:LABEL"):
         whole(folder)
     last = list(given)[-1]
     assert len(whole(f"{folder}:image:{last}")[1]) == 2
@@ -139,6 +140,47 @@ def test_one_of_two_image_columns_by_name(tmp_path):
     with pytest.raises(files.Refused, match="needs one image column"):
         whole(folder)
     assert len(whole(f"{folder}:right:label")[0]["test"]) == 12
+
+
+PANDAS = {  # {what: (an image cell, a label)}, as people write tables without the library `datasets`
+    "bytes and path": (lambda index: {"bytes": png(), "path": f"{index}.png"}, lambda index: index % 2),
+    "no path": (lambda index: {"bytes": png(), "path": None}, lambda index: index % 2),
+    "bytes in a struct": (lambda index: {"bytes": png()}, lambda index: index % 2),
+    "bytes": (lambda index: png(), lambda index: index % 2),
+    "bool": (lambda index: png(), lambda index: index % 2 == 1),
+    "float": (lambda index: png(), lambda index: float(index % 2)),
+}
+
+
+@pytest.mark.parametrize("kind", PANDAS)
+def test_tables_of_pandas(small_encoder, tmp_path, kind):
+    cell, label = PANDAS[kind]
+    (tmp_path / "pets").mkdir()
+    for split, n in (("train", 20), ("test", 12)):
+        table = {"image": list(map(cell, range(n))), "label": list(map(label, range(n)))}
+        pandas.DataFrame(table).to_parquet(tmp_path / f"pets/{split}.parquet")
+    task = common.load_task("pets", str(tmp_path / "pets"), small_encoder, tmp_path / "runs")
+    assert task.classes == [0, 1] and task.splits["test"].labels.tolist() == [0, 1] * 6
+    assert task.splits["test"].inputs.shape[:2] == (12, 3)
+
+
+def test_two_columns_of_bytes_are_not_guessed_between(tmp_path):
+    (tmp_path / "pets").mkdir()
+    table = {"image": [png()] * 60, "mask": [png()] * 60, "label": [0, 1] * 30}
+    pandas.DataFrame(table).to_parquet(tmp_path / "pets/train.parquet")
+    with pytest.raises(files.Refused, match=r"needs one image column .*found image \(binary\), mask"):
+        whole(tmp_path / "pets")
+    assert len(whole(f"{tmp_path / 'pets'}:mask:label")[0]["test"]) == 12
+
+
+def test_a_bracket_in_a_path(small_encoder, tmp_path):
+    """Folders of pictures are read as they are; `datasets`, which reads all else, takes [1] for a pattern."""
+    folder = image_folder(tmp_path / "pets [1]")
+    assert len(common.load_task("pets", str(folder), small_encoder, tmp_path / "runs").splits["test"]) == 10
+    values = {"label": [0, 1]}
+    folder = tables(tmp_path / "more [2]", train=values, test=values)
+    with pytest.raises(files.Refused, match=r"takes \[ in .* for a pattern: rename that folder"):
+        whole(folder)
 
 
 def test_columns_in_the_words_of_tasks(tmp_path):

@@ -473,11 +473,34 @@ def test_a_jpeg_stored_on_its_side_is_the_upright_picture(small_encoder, tmp_pat
     assert np.abs(a - b).max() < 12 < np.abs(a - c).max()   # without a readable orientation it is as stored
 
 
-@pytest.mark.parametrize("kind", ["float32", "int32"])
-def test_pictures_without_a_known_white_are_refused(small_encoder, tmp_path, kind):
-    image = Image.fromarray(np.ones((16, 16), kind))
-    with pytest.raises(files.Refused, match="image 0 of split test cannot be decoded .*8 or 16 bits"):
-        stored(small_encoder, tmp_path / "pets", {"a.tif": encode(image, "TIFF")})
+def tiff(values):
+    """A TIFF of 32 bits a pixel as its array's dtype says; Pillow itself writes whole numbers as signed."""
+    entries = [(256, 16), (257, 16), (258, 32), (259, 1), (262, 1), (273, 8), (277, 1), (278, 16),
+               (279, values.nbytes), (339, {"u": 1, "i": 2, "f": 3}[values.dtype.kind])]
+    table = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    return (b"II*\0" + struct.pack("<I", 8 + values.nbytes) + values.tobytes()
+            + struct.pack("<H", len(entries)) + table + b"\0" * 4)
+
+
+def test_32_bits_a_pixel_are_scaled_by_the_white_of_their_type(small_encoder, tmp_path):
+    ramp = np.arange(256).reshape(16, 16)
+    pictures = {"float32": tiff((ramp / 255).astype("<f4")), "int32": tiff((ramp << 23).astype("<i4")),
+                "uint32": tiff((ramp << 24).astype("<u4")), "black": tiff(np.zeros((16, 16), "<u4")),
+                "pillow": encode(Image.fromarray((ramp << 23).astype(np.int32)), "TIFF")}
+    found = stored(small_encoder, tmp_path / "pets", {f"{kind}.tif": made for kind, made in pictures.items()})
+    for kind, picture in zip(sorted(pictures), found, strict=True):
+        assert (picture == (0 if kind == "black" else ramp)).all(), kind
+
+
+@pytest.mark.parametrize("values, said", [
+    (np.full((16, 16), 1.5, "<f4"), "hold 1.5 to 1.5, where 0 is black and 1 white"),
+    (np.full((16, 16), -0.5, "<f4"), "hold -0.5 to"), (np.full((16, 16), np.nan, "<f4"), "hold nan"),
+    (np.full((16, 16), -7, "<i4"), "hold -7 to -7"),
+    (np.full((16, 16), 65535, "<u4"), "hold 65535 to 65535, where 0 is black and 4.29497e[+]09 white"),
+])
+def test_pictures_without_a_known_white_are_refused(small_encoder, tmp_path, values, said):
+    with pytest.raises(files.Refused, match=f"image 0 of split test cannot be .*{said}.*8 or 16 bits"):
+        stored(small_encoder, tmp_path / "pets", {"a.tif": tiff(values)})
 
 
 # --------------------------------------------------------------------------------------- files under runs/
@@ -803,7 +826,7 @@ def run_stage(monkeypatch, name, *words):
     ("report", [], "report/report.html"),
 ])
 def test_a_file_that_does_not_fit_ends_in_one_line(copy, monkeypatch, capfd, name, made, too_large):
-    """In a child that may write no larger file: as on a full disk, but for the error's number."""
+    """As on a full disk, but for the error's number: this process may write no larger file meanwhile."""
     [path] = copy.glob(too_large)
     limit = path.stat().st_size - 1
     monkeypatch.setattr(plots, "save", plots.save.in_full)
@@ -811,17 +834,14 @@ def test_a_file_that_does_not_fit_ends_in_one_line(copy, monkeypatch, capfd, nam
         shutil.rmtree(file) if file.is_dir() else file.unlink()
     words = ["tiny", *ALL_TASKS, *STAGES[name]] if name in STAGES else []
     capfd.readouterr()
-    child = os.fork()
-    if child == 0:
-        code = "a traceback"
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-            code = run_stage(monkeypatch, name, *words, "--runs", copy)
-        finally:
-            os._exit(code if isinstance(code, int) else 1)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        code = run_stage(monkeypatch, name, *words, "--runs", copy)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = capfd.readouterr().err
-    assert status == 2 and said.count("\n") == 1 and "File too large" in said, said
+    assert code == 2 and said.count("\n") == 1 and "File too large" in said, said
     assert not list(copy.rglob("*.tmp"))
 
 
