@@ -103,9 +103,10 @@ def main(args):
     tuned_files = {name: study.here / "finetuned" / f"{name}.safetensors" for name in study.sources}
     config = {"recipe": how, **settings, "weight_decay": WEIGHT_DECAY, "dtype": str(study.dtype)[6:]}
     study.refuse_other_settings("finetune.json", config)
-    made_of = {name: {"data": data} for name, data in study.data.items()}
+    of_heads = {}                            # first: without them the data sets need not be fetched
     for name in study.sources if recipe.head == "probed" else ():
-        made_of[name]["head"] = study.probed_head(args.probe, name)
+        of_heads[name] = {"head": study.probed_head(args.probe, name)}
+    made_of = {name: {"data": data} | of_heads.get(name, {}) for name, data in study.data.items()}
     result = study.result("finetune.json", config, made_of, key="tasks", protected=True,
                           weights=lambda name: [tuned_files[name], head_files[name]])
     check_search(result.path, result.values, search_task(study.sources))
@@ -123,7 +124,7 @@ def main(args):
     trainable = choose_parameters(module, recipe.trained, f"recipe {args.recipe} on {encoder.name}")
     searches = len(LEARNING_RATES) - 1 if settings["lr"] == "search" else 0
     images = 3 * (len(result.todo) + searches) * settings["steps"] * settings["batch_size"] / ranks.world()
-    forward, why = training_forward(module, recipe, study, images)
+    forward, why = training_forward(module, recipe, study, images, amp)
     validated = sum(len(tasks[name].splits[split]) for name in result.todo for split in ("val", "test"))
     evaluator = study.evaluator(validated, recipe.linear, alone=True)
     zero_shot = {}
@@ -252,10 +253,10 @@ def first_heads(recipe, study, paths, weights):
     return heads
 
 
-def training_forward(module, recipe, study, images):
+def training_forward(module, recipe, study, images, amp):
     """(function from inputs to features (B, D) that trains the module, how it runs)."""
     if recipe.linear:
-        return (linearized.forward(module, study.encoder, study.device),
+        return (linearized.forward(module, study.encoder, study.device, amp),
                 "eager (a linearized encoder is not compiled)")
     compiled, why = devices.compile_pays(study.compile, study.device, study.encoder, images)
     if study.device.type == "cpu" and study.compile == "auto":

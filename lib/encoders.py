@@ -174,6 +174,9 @@ def load_encoder(name, runs, weights=None, image_size=None, prompts=None):
             save_encoder(path, module, description, source)
     made_by = f"python probe.py {name}"
     description = file_metadata(path, made_by)
+    named = description.get("encoder", name)
+    if named != name and run_folder(runs, named) == path.parent:
+        raise Refused(f"{path.parent} is the folder of encoder {named}: give that name")
     check_metadata(path, description, made_by, encoder=name)
     if source and source != description["source"]:
         raise Refused(f"{path} was not made from --weights {weights} (SHA-256 {source[:12]}): "

@@ -10,6 +10,7 @@ Source  arXiv:2305.12827 (Ortiz-Jimenez et al.); arXiv:2407.07089 section 3
 """
 import contextlib
 import re
+import warnings
 
 import numpy as np
 import torch
@@ -58,21 +59,28 @@ def batch_norms(module):
 
 
 @contextlib.contextmanager
-def refuse_no_derivative(encoder):
+def refuse_no_derivative(encoder, bf16):
     """Around one pass of one input: Refused where an operation of the encoder has no forward-mode derivative.
 
-    Also where features depend on running statistics, for which there is none.
+    Also where features depend on running statistics, for which there is none, and where an operation has
+    one in fp32 only.
     """
     found = batch_norms(encoder.module)
     if found:
         raise Refused(f"{encoder.name} has batch norms ({found[0]}): their running statistics have no "
                       f"derivative, so that it cannot be linearized")
     try:
-        yield
-    except NotImplementedError as error:
-        named = re.search(r"forward AD with (\w+)", str(error))
-        reason = f"{named[1]} has no forward-mode derivative" if named else " ".join(str(error).split())[:200]
-        raise Refused(f"{encoder.name} cannot be linearized: {reason}") from error
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):     # of torch, on its own jvp
+            yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        missing = re.search(r"(?:forward AD with|derivative for) ([\w:]+)", reason)
+        if missing:
+            raise Refused(f"{encoder.name} cannot be linearized: {missing[1]} has no derivative that is "
+                          f"needed") from error
+        if not bf16:
+            raise
+        raise Refused(f"{encoder.name} cannot be linearized in bf16 ({reason}): give --dtype fp32") from error
 
 
 def names_once(module):
@@ -86,8 +94,11 @@ def names_once(module):
             yield from (name for name, _ in tensors(prefix, recurse=False))
 
 
-def forward(module, encoder, device):
-    """The function that finetune.py trains: the module holds theta_t, what moves is theta_t - theta_pre."""
+def forward(module, encoder, device, amp=False):
+    """The function that finetune.py trains: the module holds theta_t, what moves is theta_t - theta_pre.
+
+    amp   whether it will be called in bf16
+    """
     theta_pre = {name: tensor.to(device) for name, tensor in weights_of(encoder.module).items()}
 
     def linear(inputs):
@@ -96,8 +107,10 @@ def forward(module, encoder, device):
         features, tangent = expand(module, theta_pre, tau, inputs)
         return features + tangent
 
-    with refuse_no_derivative(encoder):
-        linear(encoder.example(1).to(device)).sum().backward()
+    with refuse_no_derivative(encoder, amp):
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            features = linear(encoder.example(1).to(device))
+        features.float().sum().backward()
     module.zero_grad()
     return linear
 
@@ -110,7 +123,7 @@ class LinearizedEvaluator(Evaluator):
 
     def __init__(self, encoder, *machine, **more):
         super().__init__(encoder, *machine, **more)
-        with refuse_no_derivative(encoder), torch.inference_mode():
+        with refuse_no_derivative(encoder, self.dtype == torch.bfloat16), torch.inference_mode():
             self.example_pass(self.as_dtype(encoder.example(1)).to(self.device))
 
     def example_pass(self, inputs):

@@ -81,7 +81,7 @@ class Study:
     """An encoder, its tasks, a device, and the folder of a variant; see open_study."""
 
     def __init__(self, args, script, before):
-        self.script, self.seed, self.runs = Path(script), args.seed, args.runs
+        self.script, self.seed, self.runs, self.asked = Path(script), args.seed, args.runs, args.encoder
         self.overwrite, self.compile = args.overwrite, args.compile
         self.folder = encoders.run_folder(args.runs, args.encoder)              # runs/ENCODER
         source, self.name = flags.variant_names(args)
@@ -104,7 +104,7 @@ class Study:
         path = (self.folder if before == "probe.json" else self.source) / (before or "")
         if not path.is_file():
             return {}
-        made_by = f"python {Path(before).stem}.py {self.folder.name}"
+        made_by = f"python {Path(before).stem}.py {self.asked}"
         result = self.finetune_json if before == "finetune.json" else read_json(path, made_by)
         return {name: row["source"] for name, row in result.get("tasks", {}).items()}
 
@@ -146,7 +146,7 @@ class Study:
 
     @property
     def made_by(self):
-        return f"python finetune.py {self.folder.name} --name {self.source.name}"
+        return f"python finetune.py {self.asked} --name {self.source.name}"
 
     @functools.cached_property
     def finetuned(self):
