@@ -128,7 +128,7 @@ def heat_map_of_pair(path, xi, lambdas, pair, title, label, top):
     fig, axes = figure(4.6, 4.0)
     image = heat_map(axes, xi, lambdas, top or xi.max())
     axes.set(xlabel=f"lambda of {pair[0]}", ylabel=f"lambda of {pair[1]}")
-    axes.set_title(title, loc="left", fontsize=8)
+    fig.suptitle(title, fontsize=8)                         # above the colour bar too
     fig.colorbar(image, ax=axes, label=label)
     return save(path, fig)
 
