@@ -17,13 +17,15 @@ from lib import hub, images
 from lib.encoders import near
 from lib.files import Refused
 
-READING = 4        # raise it where the same files would be read as other inputs or labels than before
+READING = 5        # raise it where the same files would be read as other inputs or labels than before
 # the columns that say what an input is: the first line of which a data set has one, then its only column of
 # named classes; the last are of CIFAR-100 and of webdatasets
 LABEL_COLUMNS = {"label", "labels"}, {"fine_label"}, {"cls"}
 SPLIT_FOLDERS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test",
                  "evaluation": "test", "val": "validation", "valid": "validation",
                  "validation": "validation", "dev": "validation"}
+# a file that is all or a part of a split, and nothing else: test.parquet, train-00000-of-00002.parquet
+OF_A_SPLIT = re.compile(rf"({'|'.join(SPLIT_FOLDERS)})([-_.](\d+|of|[0-9a-f]{{16}}))*", re.IGNORECASE)
 WORDS = re.compile(rf"(?<![a-z])({'|'.join(SPLIT_FOLDERS)})(?![a-z])", re.IGNORECASE)
 
 
@@ -328,12 +330,26 @@ def data_files(source):
         raise Refused(f"{source}: by its name {min(twice)} belongs to train and to test: "
                       f"name files train-*.parquet and test-*.parquet, or folders train and test")
     for split, paths in files.items():
+        named = [path for path in paths if named_as_a_split(os.path.relpath(path, source))]
+        # test_old.parquet beside test.parquet
+        if builder.name == "parquet" and 0 < len(named) < len(paths):
+            others = sorted(set(paths) - set(named))
+            print(f"{source}: {len(others):,} files beside those named {split} are left out, as {others[0]}",
+                  flush=True)
+            paths = named
         features = None
         if builder.name == "parquet":
             features = parquet_features(split, paths) or builder.info.features
         escaped = {split: [glob.escape(path) for path in paths]}
         found[split] = datasets.load_dataset(source, data_files=escaped, split=split, features=features)
     return found
+
+
+def named_as_a_split(path):
+    """Whether a file, or a folder on the way to it, is named as a split of it or a part of one."""
+    *folders, name = Path(path).parts
+    return any(folder.lower() in SPLIT_FOLDERS for folder in folders) or bool(
+        OF_A_SPLIT.fullmatch(name.removesuffix(".parquet")))
 
 
 def parquet_features(split, paths):

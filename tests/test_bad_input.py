@@ -167,6 +167,24 @@ def test_a_head_that_is_thrown_away_need_not_fit(tmp_path):
     assert again.fingerprint == encoder.fingerprint         # a file of ours: pretrained, merged
 
 
+def test_a_folder_of_runs_is_no_name_of_an_encoder_and_messages_have_the_name(tmp_path):
+    import timm
+    from safetensors.torch import save_file
+    runs, weights = tmp_path / "runs", tmp_path / "weights.safetensors"
+    save_file(timm.create_model("vit_tiny_patch16_224").state_dict(), weights)
+    shared = ["--runs", runs, "--tasks", "pets"]
+    image_folder(tmp_path / "data/pets")
+    said = refuse("finetune", TIMM, *shared, "--weights", weights, "--image-size", "32",
+                  "--data", tmp_path / "data")
+    assert f'run "python probe.py {TIMM}" first' in said and not (runs / "inputs").exists()
+    [folder] = runs.iterdir()
+    for name in ("finetune", "merge_eval"):
+        assert f"is the folder of encoder {TIMM}: give that name" in \
+            refuse(name, folder.name, "--runs", runs, "--tasks", f"pets={tmp_path / 'data/pets'}")
+    said = refuse("merge_eval", TIMM, "--runs", runs, "--tasks", f"pets={tmp_path / 'data/pets'}")
+    assert f'run "python finetune.py {TIMM} --name aligned" first' in said
+
+
 @pytest.mark.parametrize("name, gone, said", [
     ("probe", "tiny/pretrained.safetensors", "pretrain.py tiny"),
     ("finetune", "tiny/heads/paper/signs.safetensors", "python probe.py tiny"),

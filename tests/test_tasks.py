@@ -164,6 +164,24 @@ def test_tables_of_pandas(small_encoder, tmp_path, kind):
     assert task.splits["test"].inputs.shape[:2] == (12, 3)
 
 
+@pytest.mark.parametrize("names, left_out", [
+    (["train", "test", "test_old"], "test_old.parquet"),
+    (["train/a", "test/a", "test_old/a"], "test_old/a.parquet"),
+    (["train-0", "train-1", "test-00000-of-00001", "contest"], None), (["my_train", "my_test"], None),
+    (["train-00000-of-00001-b42a775f407cee45", "test", "old-train"], "old-train.parquet"),
+])
+def test_a_table_beside_those_named_as_a_split_is_left_out_and_said(tmp_path, capsys, names, left_out):
+    for name in names:
+        path = tmp_path / "pets" / f"{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pandas.DataFrame({"image": [png()] * 20, "label": [0, 1] * 10}).to_parquet(path)
+    labels, _ = whole(tmp_path / "pets")
+    rows = 20 * sum(f"{name}.parquet" != left_out and "contest" != name for name in names)
+    assert len(labels["train"]) + len(labels["test"]) == rows
+    said = capsys.readouterr().out
+    assert ("1 files beside those named" in said) == bool(left_out) and (left_out or "") in said
+
+
 def test_two_columns_of_bytes_are_not_guessed_between(tmp_path):
     (tmp_path / "pets").mkdir()
     table = {"image": [png()] * 60, "mask": [png()] * 60, "label": [0, 1] * 30}
