@@ -78,7 +78,7 @@ def refuse_no_derivative(encoder, bf16):
         if missing:
             raise Refused(f"{encoder.name} cannot be linearized: {missing[1]} has no derivative that is "
                           f"needed") from error
-        if not bf16:
+        if not bf16 or isinstance(error, torch.OutOfMemoryError):
             raise
         raise Refused(f"{encoder.name} cannot be linearized in bf16 ({reason}): give --dtype fp32") from error
 
