@@ -97,8 +97,12 @@ def names_once(module):
 def forward(module, encoder, device, amp=False):
     """The function that finetune.py trains: the module holds theta_t, what moves is theta_t - theta_pre.
 
-    amp   whether it will be called in bf16
+    amp   whether it will be called in bf16. Norms are then in fp32, as on a GPU in any case: on a CPU the
+          derivative of one by its fp32 weights is fp32, which a convolution behind it does not take
     """
+    for part in module.modules() if amp else ():
+        if isinstance(part, (torch.nn.LayerNorm, torch.nn.GroupNorm)):
+            part.register_forward_pre_hook(in_fp32)
     theta_pre = {name: tensor.to(device) for name, tensor in weights_of(encoder.module).items()}
 
     def linear(inputs):
@@ -113,6 +117,10 @@ def forward(module, encoder, device, amp=False):
         features.float().sum().backward()
     module.zero_grad()
     return linear
+
+
+def in_fp32(module, inputs):
+    return tuple(tensor.float() for tensor in inputs)
 
 
 class LinearizedEvaluator(Evaluator):

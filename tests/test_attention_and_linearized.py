@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from conftest import TASKS, perform, refuse
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -114,18 +115,31 @@ def test_batch_norms_are_refused_by_name_not_by_a_traceback():
 class NormThenConvolution(torch.nn.Module):
     """Autocast leaves it bf16 between the two, and the norm's derivative by its fp32 weights is in fp32."""
 
-    def __init__(self):
+    def __init__(self, by_function):
         super().__init__()
         self.first, self.norm = torch.nn.Conv2d(3, 16, 4, 4), torch.nn.LayerNorm(4)
-        self.last = torch.nn.Conv2d(16, 8, 4)
+        self.last, self.by_function = torch.nn.Conv2d(16, 8, 4), by_function
 
     def forward(self, images):
-        return self.last(self.norm(self.first(images))).flatten(1)
+        found, norm = self.first(images), self.norm
+        found = F.layer_norm(found, (4,), norm.weight, norm.bias) if self.by_function else norm(found)
+        return self.last(found).flatten(1)
 
 
-def test_what_is_linearized_in_fp32_only_is_refused_in_bf16():
-    module = NormThenConvolution().eval()
+def test_norms_are_in_fp32_where_a_linearized_encoder_trains_in_bf16():
+    module = NormThenConvolution(by_function=False).eval()
     description = encoders.describe(module, {}, 16, (0.5,) * 3, (0.5,) * 3, 1.0, encoder="odd")
+    encoder = encoders.as_encoder(lambda: module, description, "random")
+    images, gradients = torch.randn(64, 3, 16, 16), []
+    for amp in (False, True):
+        twin = copying.deepcopy(module)
+        forward = linearized.forward(twin, encoder, CPU, amp)
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            features = forward(images)
+        features.float().sum().backward()
+        gradients.append(twin.norm.weight.grad)
+    torch.testing.assert_close(*gradients, rtol=0.05, atol=0.05 * gradients[0].abs().max().item())
+    module = NormThenConvolution(by_function=True).eval()
     encoder = encoders.as_encoder(lambda: module, description, "random")
     linearized.forward(module, encoder, CPU)
     with pytest.raises(files.Refused, match=r"odd cannot be linearized in bf16 \(.*: give --dtype fp32"):
