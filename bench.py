@@ -67,7 +67,7 @@ def parse_args(argv=None):
     add("--device", default="auto", help="cpu, cuda or auto")
     add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="of the forward pass")
     add("--compile", choices=["on", "off"], default="on", help="compile the forward pass (default on)")
-    add("--quick", action="store_true", help="at most 16 images, 3 lambdas and 2 repeats; fewer steps")
+    add("--quick", action="store_true", help="at most 16 images, 3 lambdas and 3 repeats; fewer steps")
     add("--study", type=Path, help="folder of a finished study, runs/ENCODER: adds its stages' seconds")
     add("--out", type=Path, default=Path("bench.json"), help="result file (default bench.json)")
     add("--part", help=argparse.SUPPRESS)                   # internal: what wants a process of its own
@@ -397,7 +397,7 @@ def training(recipe, encoder, machine, batch_size):
     if amp and device.type == "cpu":
         devices.unfuse_attention(module)
     if recipe.linear:
-        forward = linearized.forward(module, encoder, device)
+        forward = linearized.forward(module, encoder, device, amp)
     elif machine.compiled and device.type == "cuda":
         forward = devices.compile_module(module)
 

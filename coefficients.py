@@ -94,12 +94,13 @@ def main(args):
 
     # ---------------------------------------------------- save, say
     settings_tried = state["done"] * len(lambdas)
+    of_sum = merge["val"]["normalized"][merge["lambdas"].index(merge["best_lambda"])]
     with result.saving():
         result.values = {
             "recipe": recipe, "coefficients": dict(zip(names, state["coefficients"], strict=True)),
             "begins_at": merge["best_lambda"], "trail": state["trail"], "settings_tried": settings_tried,
             "images": settings_tried * per_lambda, "seconds": state["seconds"],
-            "val": {"normalized": state["trail"][-1]["normalized"], "sum": max(merge["val"]["normalized"])},
+            "val": {"normalized": state["trail"][-1]["normalized"], "sum": of_sum},
             **found}
     sum_of_it, gain = mean(merge["test"]["tasks"].values()), found["minus_sum"]
     print(f"coefficients: {settings_tried} settings, {settings_tried * per_lambda:,} images, "

@@ -98,7 +98,10 @@ def main(args):
     curves = {}
     for name in names:
         curves[name] = [accuracy[name] for accuracy in accuracies]
-    near_best = [lambdas[k] for k in whole if normalized[k] > normalized[best] - 0.02]
+    near_best = None                                           # not known of lambdas that saw fewer images
+    if len(whole) == len(lambdas):
+        near = [lambdas[k] for k in whole if normalized[k] > normalized[best] - 0.02]
+        near_best = [min(near), max(near)]
 
     # ---------------------------------------------------- test: at 0 and at the chosen lambda, only
     predicted = predicted_at_zero
@@ -118,7 +121,7 @@ def main(args):
     with result.saving():
         result.values = {
             "recipe": recipe, "rule": args.rule, "lambdas": lambdas, "best_lambda": lambdas[best],
-            "lambdas_within_2_points": [min(near_best), max(near_best)],
+            "lambdas_within_2_points": near_best,
             "val": {"absolute": [mean(accuracy.values()) for accuracy in accuracies],
                     "normalized": normalized, "tasks": curves, "n": n["val"], "seen": seen},
             "images": search["images"],

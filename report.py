@@ -263,8 +263,9 @@ def section(variant, probe):
         merge = variant["merge.json"]
         test, n_val = merge["test"], sum(merge["val"]["n"].values())
         of = "" if merge["of"] == variant["name"] else f"Vectors of {merge['of']}, {merge['rule']}; "
-        blocks.append(("p", f"{of}lambda picked from {len(merge['lambdas'])} values on {n_val} validation "
-                            f"{inputs_of(merge['config'])}, forward pass in {merge['config']['dtype']}."))
+        most = "at most " if merge["config"].get("search") == "fine" else ""
+        blocks.append(("p", f"{of}lambda picked from {len(merge['lambdas'])} values on {most}{n_val} "
+                            f"validation {inputs_of(merge['config'])}, forward pass in {merge['config']['dtype']}."))
         rows = []
         for task in merge["config"]["tasks"]:
             single, added = merge["single_task"][task], test["tasks"][task]

@@ -131,14 +131,15 @@ def which_parameters_train(variants, out):
         if "merge.json" in variant:
             merge, test = variant["merge.json"], variant["merge.json"]["test"]
             against = variant.get("finetune.json", {}).get("against")
-            low, high = merge["lambdas_within_2_points"]
+            near = merge["lambdas_within_2_points"]
             rows.append({
                 "encoder": variant["encoder"], "name": variant["name"], "recipe": variant["recipe"]["name"],
                 "tasks": len(merge["config"]["tasks"]), "n": sum(test["n"].values()),
                 "single task": percent(merge["single_task_mean"]),
                 "non-linear advantage": f"{100 * against['nonlinear_advantage']:+.1f}" if against else "",
                 "addition": percent(test["absolute"]), "normalized": percent(test["normalized"]),
-                "lambda": f"{merge['best_lambda']:g}", "lambdas within 2 points": f"{low:g} to {high:g}"})
+                "lambda": f"{merge['best_lambda']:g}",
+                "lambdas within 2 points": f"{near[0]:g} to {near[1]:g}" if near else ""})
     published = PUBLISHED["second paper"]
     for values in published["rows"]:
         row = {key: "" if value is None else value

@@ -151,8 +151,8 @@ def unfuse_attention(module):
 
 
 def repeated_blocks(module):
-    """The blocks a module consists of, each kind (class and shapes) at least twice in its list; [] where
-    not nearly all of its layers are in such blocks.
+    """The blocks a module consists of, in lists of one class with at most half as many kinds (by shapes) as
+    blocks; [] where not nearly all of its layers are in such blocks.
     """
     found, lists = [], [module]
     while lists:

@@ -175,7 +175,7 @@ def load_encoder(name, runs, weights=None, image_size=None, prompts=None):
     made_by = f"python probe.py {name}"
     description = file_metadata(path, made_by)
     named = description.get("encoder", name)
-    if named != name and run_folder(runs, named) == path.parent:
+    if named != name and re.sub("[:/]", "_", named) == path.parent.name:
         raise Refused(f"{path.parent} is the folder of encoder {named}: give that name")
     check_metadata(path, description, made_by, encoder=name)
     if source and source != description["source"]:
@@ -350,7 +350,10 @@ def head_of(file, config):
     from timm.models import load_state_dict
     if file.suffix == ".npz":                               # of JAX, which timm reads in its own way
         return {}
-    tensors, classifier = load_state_dict(str(file)), config.classifier
+    classifier = config.classifier
+    if not classifier:
+        return {}
+    tensors = {name: value for name, value in load_state_dict(str(file)).items() if torch.is_tensor(value)}
     weight = tensors.get(f"{classifier if isinstance(classifier, str) else classifier[0]}.weight")
     by_another_name = any(tensor.shape[:1] == (config.num_classes,) for tensor in tensors.values())
     if weight is None and by_another_name or weight is not None and len(weight) == config.num_classes:

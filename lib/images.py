@@ -19,7 +19,7 @@ from lib.progress import progress
 
 # --------------------------------------------------------------------------------------- decoding, once
 
-SAMPLE_FORMAT, SIGNED = 339, (2,)                            # of TIFF: the tag, and whole numbers below 0 too
+BITS, SAMPLE_FORMAT, SIGNED = 258, 339, (2,)                # tags of TIFF, and whole numbers below 0 too
 ORIENTATION = 0x0112                                        # the EXIF tag, and what undoes its values
 UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
            4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
@@ -51,7 +51,8 @@ def input_columns(features):
     structs = [column for column, kind in features.items()
                if isinstance(kind, dict) and kind.keys() <= {"bytes", "path"} and kind.get("bytes") in raw]
     plain = [column for column, kind in features.items() if kind in raw]
-    return next((found for found in (images, structs, plain) if len(found) == 1), [])
+    found = images or structs or plain
+    return found if len(found) == 1 else []
 
 
 def endings():
@@ -89,14 +90,14 @@ def as_seen(image):
 
     Of 16 bits a channel the upper 8 count, as Pillow itself has it for colours, and of 32 likewise. Of floats
     1 is white.
-    Errors  ValueError: a grey of 32 bits that is no picture by this
+    Errors  ValueError: a grey that is no picture by this
     """
     image.load()
     turn = UPRIGHT.get(image.getexif().get(ORIENTATION))
     if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        image = Image.fromarray(of_32_bits(image))
+        image = Image.fromarray(scaled(image))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -104,19 +105,20 @@ def as_seen(image):
     return image if turn is None else image.transpose(turn)
 
 
-def of_32_bits(image):
-    """(h, w) uint8 of a grey PIL image of whole numbers or floats, white the largest of their type or 1.
+def scaled(image):
+    """(h, w) uint8 of a grey PIL image of mode I or F: white is the largest whole number of its type, or 1.
 
     Errors  ValueError: values below 0 or above white, or none of which 8 bits would keep anything
     """
     values = np.asarray(image)
-    signed = getattr(image, "tag_v2", {}).get(SAMPLE_FORMAT) == SIGNED
+    tags = getattr(image, "tag_v2", {})
+    [bits], signed = tags.get(BITS, (32,)), tags.get(SAMPLE_FORMAT) == SIGNED
     if image.mode == "I" and not signed:
         values = values.view(np.uint32)                     # Pillow has them signed
-    white = 1.0 if image.mode == "F" else np.iinfo(values.dtype).max
+    white = 1 if image.mode == "F" else 2 ** (bits - signed) - 1
     low, high = float(values.min()), float(values.max())
     if not 0 <= low <= high <= white or 0 < high < white / 256:
-        raise ValueError(f"its 32 bits a pixel hold {low:.6g} to {high:.6g}, where 0 is black and "
+        raise ValueError(f"its {bits} bits a pixel hold {low:.6g} to {high:.6g}, where 0 is black and "
                          f"{white:.6g} white: store it with 8 or 16 bits")
     return np.minimum(values * (256 / white), 255).astype(np.uint8)
 

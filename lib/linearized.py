@@ -72,15 +72,14 @@ def refuse_no_derivative(encoder, bf16):
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):     # of torch, on its own jvp
             yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(". ")[0]
         missing = re.search(r"(?:forward AD with|derivative for) ([\w:]+)", reason)
-        if missing:
-            raise Refused(f"{encoder.name} cannot be linearized: {missing[1]} has no derivative that is "
-                          f"needed") from error
-        if not bf16 or isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise Refused(f"{encoder.name} cannot be linearized in bf16 ({reason}): give --dtype fp32") from error
+        what = f"{missing[1]} has no derivative that is needed" if missing else reason
+        remedy = "; in bf16, try --dtype fp32" if bf16 and "type" in reason else ""
+        raise Refused(f"{encoder.name} cannot be linearized: {what}{remedy}") from error
 
 
 def names_once(module):
@@ -129,10 +128,10 @@ class LinearizedEvaluator(Evaluator):
     One derivative per input and vector, kept until the vectors change, answers any number of settings.
     """
 
-    def __init__(self, encoder, *machine, **more):
-        super().__init__(encoder, *machine, **more)
-        with refuse_no_derivative(encoder, self.dtype == torch.bfloat16), torch.inference_mode():
-            self.example_pass(self.as_dtype(encoder.example(1)).to(self.device))
+    def __init__(self, encoder, device, dtype, *more, **named):
+        with refuse_no_derivative(encoder, dtype == torch.bfloat16), torch.inference_mode():
+            super().__init__(encoder, device, dtype, *more, **named)    # on a GPU with a pass of its own
+            self.example_pass(self.as_dtype(encoder.example(1)).to(device))
 
     def example_pass(self, inputs):
         return expand(self.module, self.slots, self.slots, inputs)    # theta_pre in place of a vector

@@ -72,7 +72,9 @@ def lambda_curve(path, merge, title, at_zero):
     lambdas, normalized, best = merge["lambdas"], merge["val"]["normalized"], merge["best_lambda"]
     for name, accuracy in merge["val"]["tasks"].items():
         axes.plot(lambdas, accuracy, linewidth=0.9, alpha=0.6, label=name)
-    axes.plot(lambdas, normalized, color="black", linewidth=2.2, marker=".", label="mean, normalized")
+    whole = [k for k, seen in enumerate(merge["val"]["seen"]) if seen == sum(merge["val"]["n"].values())]
+    label = "mean, normalized" + ("" if len(whole) == len(lambdas) else "; dots: of all images")
+    axes.plot(lambdas, normalized, color="black", linewidth=2.2, marker=".", markevery=whole, label=label)
     axes.axhline(normalized[0], color="black", linestyle=":", linewidth=1)
     axes.annotate(at_zero, (lambdas[-1], normalized[0]), ha="right", va="bottom", fontsize=8)
     chosen = {"marker": "*", "markersize": 14, "color": "crimson", "linestyle": "none"}

@@ -195,6 +195,7 @@ def class_numbers(name, split, named, classes):
 def fetch(name, source, config):
     """{split: Dataset} of a folder (an absolute path) or a hub id; Refused where they cannot be had."""
     import datasets
+    from datasets.packaged_modules import _EXTENSION_TO_MODULE as tables
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as loaders
     local = Path(source).is_absolute()
     if source in loaders:
@@ -213,7 +214,8 @@ def fetch(name, source, config):
         raise Refused(f"task {name}: {refusal}" if local else str(refusal)) from refusal
     except Exception as error:  # datasets and its backends raise a dozen types for a bad folder or no hub
         refuse_cache(f"task {name}: {source}", error)
-        if local and "[" in source and isinstance(error, FileNotFoundError):
+        there = {path.suffix.lower() for path in files_below(source)} if local else set()
+        if "[" in source and isinstance(error, FileNotFoundError) and there & tables.keys():
             raise Refused(f"task {name}: `datasets` takes [ in {source} for a pattern: rename that "
                           f"folder") from error
         while error.__cause__:                              # DatasetGenerationError says nothing itself
@@ -306,14 +308,15 @@ def image_folder(source):
 
 
 def files_below(folder):
-    """Paths of all files below a folder, in order, also through links to folders, no folder twice."""
-    found, been = [], set()
+    """Paths of all files below a folder, in order, also through links, but not to folders above them."""
+    found, folder = [], Path(folder)
     for here, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(here) in been:                  # a link to what is above it
+        place = Path(here)
+        above = [folder, *(each for each in place.parents if each.is_relative_to(folder))]
+        if place != folder and any(each.resolve().is_relative_to(place.resolve()) for each in above):
             folders.clear()
             continue
-        been.add(os.path.realpath(here))
-        found += [Path(here, name) for name in names]
+        found += [place / name for name in names]
     return sorted(found, key=str)
 
 
@@ -325,14 +328,16 @@ def data_files(source):
     import datasets
     builder, found = datasets.load_dataset_builder(source), {}
     files = {str(split): paths for split, paths in builder.config.data_files.items()}
+    card = Path(source, "README.md")
+    listed = card.exists() and "data_files" in card.read_text(encoding="utf-8", errors="replace")
     twice = set(files.get("train", ())) & set(files.get("test", ()))
     if twice:
         raise Refused(f"{source}: by its name {min(twice)} belongs to train and to test: "
                       f"name files train-*.parquet and test-*.parquet, or folders train and test")
     for split, paths in files.items():
         named = [path for path in paths if named_as_a_split(os.path.relpath(path, source))]
-        # test_old.parquet beside test.parquet
-        if builder.name == "parquet" and 0 < len(named) < len(paths):
+        # test_old.parquet beside test.parquet, unless a README names its files
+        if builder.name == "parquet" and not listed and 0 < len(named) < len(paths):
             others = sorted(set(paths) - set(named))
             print(f"{source}: {len(others):,} files beside those named {split} are left out, as {others[0]}",
                   flush=True)

@@ -142,8 +142,42 @@ def test_norms_are_in_fp32_where_a_linearized_encoder_trains_in_bf16():
     module = NormThenConvolution(by_function=True).eval()
     encoder = encoders.as_encoder(lambda: module, description, "random")
     linearized.forward(module, encoder, CPU)
-    with pytest.raises(files.Refused, match=r"odd cannot be linearized in bf16 \(.*: give --dtype fp32"):
+    with pytest.raises(files.Refused, match="odd cannot be linearized: .* in bf16, try --dtype fp32"):
         linearized.forward(module, encoder, CPU, amp=True)
+
+
+class NoJvp(torch.autograd.Function):
+    @staticmethod
+    def forward(tensor):
+        return tensor.clone()
+
+    @staticmethod
+    def setup_context(*_):
+        pass
+
+
+class Custom(torch.nn.Module):
+    """An operation of somebody's own, behind a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Conv2d(3, 8, 16)
+
+    def forward(self, images):
+        return NoJvp.apply(self.first(images).flatten(1))
+
+
+def test_an_operation_of_ones_own_is_refused_in_any_precision_also_where_a_batch_is_measured(monkeypatch):
+    module = Custom().eval()
+    description = encoders.describe(module, {}, 16, (0.5,) * 3, (0.5,) * 3, 1.0, encoder="odd")
+    encoder = encoders.as_encoder(lambda: module, description, "random")
+    for amp in (False, True):
+        with pytest.raises(files.Refused, match="odd cannot be linearized: You must implement the jvp"):
+            linearized.forward(module, encoder, CPU, amp)
+    # as on a GPU
+    monkeypatch.setattr(common, "evaluation_batch", lambda forward, *_: forward(encoder.example(1)))
+    with pytest.raises(files.Refused, match="odd cannot be linearized: You must implement the jvp"):
+        linear_evaluator(encoder)
 
 
 class HardAndRecurrent(torch.nn.Module):

@@ -162,6 +162,10 @@ def test_a_head_that_is_thrown_away_need_not_fit(tmp_path):
             encoder = encoders.load_encoder(TIMM, tmp_path / f"runs-{file}", tmp_path / file, 32)
             found[file] = encoder.fingerprint
     assert len(found) == 6 and len(set(found.values())) == 1
+    torch.save({**good, "epoch": 3}, tmp_path / "more.pt")
+    words = ["--weights", tmp_path / "more.pt", "--runs", tmp_path / "more", "--tasks", "glyphs"]
+    said = refuse("probe", TIMM, *words)
+    assert "epoch" in said and "attribute" not in said
     [ours] = tmp_path.glob("runs-good.pt/*/pretrained.safetensors")
     again = encoders.load_encoder(TIMM, tmp_path / "again", ours, 32)
     assert again.fingerprint == encoder.fingerprint         # a file of ours: pretrained, merged

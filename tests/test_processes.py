@@ -207,6 +207,18 @@ def test_jobs_claim_rows_in_one_order_so_that_no_two_wait_for_each_other(tmp_pat
 # --------------------------------------------------------------------------------------- not by torchrun
 
 
+def test_stages_in_one_process_run_the_code_that_is_there_when_each_begins(tmp_path):
+    (tmp_path / "lib").mkdir()
+    shutil.copy(ROOT / "lib/together.py", tmp_path / "lib")
+    (tmp_path / "lib/rule.py").write_text("VALUE = 1\n")
+    (tmp_path / "common.py").write_text("from lib import rule\n")
+    (tmp_path / "show.py").write_text("import torch, common\nprint(common.rule.VALUE)\n")
+    (tmp_path / "edit.py").write_text("open('lib/rule.py', 'w').write('VALUE = 22\\n')\n")
+    stages = ["--", "show.py", "--", "edit.py", "--", "show.py"]
+    done = stage(sys.executable, "lib/together.py", *stages, cwd=tmp_path)
+    assert done.stdout.split() == ["1", "22"], done.stderr
+
+
 def test_what_a_scheduler_leaves_in_the_environment_is_one_process_or_a_wait_that_can_be_ended(study):
     command = [sys.executable, "report.py", "--runs", study / "none"]
     left = os.environ | {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}

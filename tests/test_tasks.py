@@ -1,4 +1,6 @@
 """Data sets as people have them: one split, validation for test, other columns; the 8, 14 and 20 tasks."""
+import shutil
+
 import common
 import datasets
 import numpy as np
@@ -180,6 +182,23 @@ def test_a_table_beside_those_named_as_a_split_is_left_out_and_said(tmp_path, ca
     assert len(labels["train"]) + len(labels["test"]) == rows
     said = capsys.readouterr().out
     assert ("1 files beside those named" in said) == bool(left_out) and (left_out or "") in said
+
+
+def test_tables_that_a_readme_names_are_all_read(tmp_path):
+    folder = tables(tmp_path / "pets", train={"label": [0, 1]}, test={"label": [0, 1]})
+    shutil.copy(folder / "train.parquet", folder / "extra.parquet")
+    names = "[{split: train, path: [train.parquet, extra.parquet]}, {split: test, path: test.parquet}]"
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: {names}\n---\n")
+    labels, _ = whole(folder)
+    assert len(labels["train"]) == 2 * len(labels["test"])
+
+
+@pytest.mark.parametrize("images, bytes_too, found", [(1, True, ["a"]), (2, True, []), (0, True, ["raw"]),
+                                                      (0, False, [])])
+def test_bytes_are_pictures_only_where_nothing_else_is(images, bytes_too, found):
+    columns = dict.fromkeys("ab"[:images], datasets.Image())
+    columns |= {"raw": datasets.Value("binary")} if bytes_too else {}
+    assert encoders.Encoder.input_columns(columns | {"label": datasets.Value("int64")}) == found
 
 
 def test_two_columns_of_bytes_are_not_guessed_between(tmp_path):

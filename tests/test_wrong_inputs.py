@@ -246,6 +246,17 @@ def test_folders_that_are_links_are_read_and_files_of_other_endings_are_counted(
         capsys.readouterr().out
 
 
+def test_a_folder_that_is_linked_from_two_places_is_in_both(tmp_path):
+    """Whatever the order in which folders are listed; only a link to what is above it is left out."""
+    for name in ("aaa", "zoo"):                             # one is before the splits, one behind them
+        folder = image_folder(tmp_path / name / "pets")
+        (folder / "train/dog").rename(folder / name)
+        (folder / "train/dog").symlink_to(folder / name)
+        (folder / "loop").symlink_to(tmp_path / name)
+        found = [path.relative_to(folder).parts[:-1] for path in reading.files_below(folder)]
+        assert found.count(("train", "dog")) == found.count((name,)) == 6 and len(found) == 28
+
+
 def test_pictures_beside_folders_of_pictures_are_refused(tmp_path):
     folder = image_folder(tmp_path / "pets")
     (folder / "train/cat/000.png").rename(folder / "train/000.png")
@@ -474,9 +485,9 @@ def test_a_jpeg_stored_on_its_side_is_the_upright_picture(small_encoder, tmp_pat
 
 
 def tiff(values):
-    """A TIFF of 32 bits a pixel as its array's dtype says; Pillow itself writes whole numbers as signed."""
-    entries = [(256, 16), (257, 16), (258, 32), (259, 1), (262, 1), (273, 8), (277, 1), (278, 16),
-               (279, values.nbytes), (339, {"u": 1, "i": 2, "f": 3}[values.dtype.kind])]
+    """A grey TIFF as its array's dtype says; Pillow itself writes whole numbers of 32 bits as signed."""
+    entries = [(256, 16), (257, 16), (258, 8 * values.itemsize), (259, 1), (262, 1), (273, 8), (277, 1),
+               (278, 16), (279, values.nbytes), (339, {"u": 1, "i": 2, "f": 3}[values.dtype.kind])]
     table = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
     return (b"II*\0" + struct.pack("<I", 8 + values.nbytes) + values.tobytes()
             + struct.pack("<H", len(entries)) + table + b"\0" * 4)
@@ -486,6 +497,7 @@ def test_32_bits_a_pixel_are_scaled_by_the_white_of_their_type(small_encoder, tm
     ramp = np.arange(256).reshape(16, 16)
     pictures = {"float32": tiff((ramp / 255).astype("<f4")), "int32": tiff((ramp << 23).astype("<i4")),
                 "uint32": tiff((ramp << 24).astype("<u4")), "black": tiff(np.zeros((16, 16), "<u4")),
+                "int16": tiff((ramp << 7).astype("<i2")),
                 "pillow": encode(Image.fromarray((ramp << 23).astype(np.int32)), "TIFF")}
     found = stored(small_encoder, tmp_path / "pets", {f"{kind}.tif": made for kind, made in pictures.items()})
     for kind, picture in zip(sorted(pictures), found, strict=True):
