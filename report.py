@@ -265,7 +265,8 @@ def section(variant, probe):
         of = "" if merge["of"] == variant["name"] else f"Vectors of {merge['of']}, {merge['rule']}; "
         most = "at most " if merge["config"].get("search") == "fine" else ""
         blocks.append(("p", f"{of}lambda picked from {len(merge['lambdas'])} values on {most}{n_val} "
-                            f"validation {inputs_of(merge['config'])}, forward pass in {merge['config']['dtype']}."))
+                            f"validation {inputs_of(merge['config'])}, forward pass in "
+                            f"{merge['config']['dtype']}."))
         rows = []
         for task in merge["config"]["tasks"]:
             single, added = merge["single_task"][task], test["tasks"][task]

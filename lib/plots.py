@@ -79,7 +79,8 @@ def lambda_curve(path, merge, title, at_zero):
     axes.annotate(at_zero, (lambdas[-1], normalized[0]), ha="right", va="bottom", fontsize=8)
     chosen = {"marker": "*", "markersize": 14, "color": "crimson", "linestyle": "none"}
     axes.plot(best, normalized[lambdas.index(best)], label=f"chosen, lambda = {best:g}", **chosen)
-    axes.set(xlabel="scaling coefficient lambda", ylabel="validation accuracy", ylim=(0, 1.03))
+    axes.set(xlabel="scaling coefficient lambda", ylabel="validation accuracy",
+             ylim=(0, max(1.03, 1.05 * max(normalized))))
     axes.set_title(title, loc="left", fontsize=9)
     fig.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     return save(path, fig)

@@ -118,6 +118,9 @@ def test_merge_eval_searches_finely_and_goes_on_after_an_interruption(copy, monk
     # the grid of all that was tried, on all images
     n = sum(found["val"]["n"].values())
     assert found["images"] == sum(found["val"]["seen"]) - n and min(found["val"]["seen"]) < n
+    assert found["lambdas_within_2_points"] is None        # not known of lambdas that saw fewer
+    perform("report", "--runs", copy)
+    assert f"{len(found['lambdas'])} values on at most {n} val" in (copy / "report/report.md").read_text()
     perform("merge_eval", "tiny", "--runs", copy, "--lambdas", "21", "--lambda-max", "0.4")
     grid = json.loads((copy / "tiny/aligned/merge.json").read_text())
     at = dict(zip(grid["lambdas"], grid["val"]["normalized"], strict=True))
