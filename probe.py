@@ -153,7 +153,9 @@ def fit_head(features, task):
     train = features["train"].float()
     labels = torch.from_numpy(task.splits["train"].labels).to(train.device)
     middle = train.mean(0)
-    variances, axes = torch.linalg.eigh(torch.cov(train.T, correction=0))      # (D,), (D, D)
+    # in fp64: LAPACK's fp32 finds NaN where many features are 0 for all inputs, as behind a ReLU
+    variances, axes = torch.linalg.eigh(torch.cov(train.T, correction=0).cpu().double())
+    variances, axes = variances.to(train), axes.to(train)   # (D,), (D, D)
     variance = variances.mean().clamp_min(1e-30)            # 0 where all features are the same
     axes, variances = axes / variance.sqrt(), (variances / variance).clamp_min(0)
     inputs = (train - middle) @ axes                       # (N, D) along the principal axes

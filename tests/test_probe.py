@@ -72,6 +72,17 @@ def test_the_penalty_is_picked_on_validation_and_of_equals_the_largest(monkeypat
     assert hits / len(labels) == max(accuracies)
 
 
+def test_features_most_of_which_are_zero_are_fitted():
+    """As behind a ReLU; on their covariance LAPACK's fp32 decomposition finds NaN, or does not converge."""
+    features, task = random_task(n=60, width=400, n_classes=3)
+    dead = torch.randperm(400, generator=torch.Generator().manual_seed(0))[:280]
+    for rows in features.values():
+        rows[:, dead] = 0
+    head, about = probe.fit_head(features, task)
+    assert head.weight.isfinite().all() and about["gradient"] < 1e-4
+    assert common.count_hits(features["train"], head, task.splits["train"]) > 0.8 * len(features["train"])
+
+
 def test_features_that_are_all_the_same_give_the_most_frequent_class():
     features, task = random_task(n=60, width=30, n_classes=5)
     alike = {split: torch.full_like(rows, 0.3).bfloat16() for split, rows in features.items()}
