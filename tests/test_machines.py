@@ -201,7 +201,7 @@ def test_the_linear_evaluator_measures_the_memory_of_what_it_runs(small_encoder,
     common.Evaluator(small_encoder, CPU, torch.float32)
     assert not shapes
     assert linearized.LinearizedEvaluator(small_encoder, CPU, torch.float32).batch_size == 32
-    assert shapes == [(3, 3, 16, 16)]
+    assert shapes == [(3, 3, 16, 16), (1, 3, 16, 16)]      # and whether there is a derivative
 
 
 @pytest.mark.parametrize("batch, each, free, fits", [

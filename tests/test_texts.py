@@ -515,7 +515,7 @@ def test_bad_texts_are_refused_in_one_line(bert, tmp_path):
     assert "text 11 of split train is empty" in said("empty", sentence=empty)
     assert "split train has labels -1 to 1" in said("hidden", label=[-1, 1] * 6)
     near = said("near", label=None, labl=[0, 1] * 6)
-    assert "one column `label`, found sentence, labl; did you mean labl?" in near
+    assert "one column `label`, found sentence (string), labl (int64); did you mean labl?" in near
     three = {name: sentences(12, 5, 0) for name in ("one", "two", "three")}
     assert "needs one or two text columns" in said("unclear", sentence=None, **three)
     assert "needs one or two text columns" in said("no_text", sentence=list(range(12)))

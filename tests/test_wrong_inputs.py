@@ -279,7 +279,7 @@ def test_labels_that_are_identifiers_or_lists_of_one_class_become_numbers(tmp_pa
     ({"label": [[0], [1], []]}, "other than one class in some rows of column `label`"),
     ({"label": [[0], [1], None]}, "other than one class in some rows of column `label`"),
     ({"label": [0, 1, 5]}, "1 classes that train lacks: 5"),
-    ({"label": [0.0, 1.0]}, "labels in column `label` are not all whole numbers"),
+    ({"label": [0.0, 1.5]}, "labels in column `label` are not all whole numbers"),
     ({"class": [0, 1]}, "split test of .* has no column 'label' as train has"),
 ])
 def test_labels_that_are_no_classes_are_refused_by_their_column_before_decoding(tmp_path, test, said):
