@@ -144,6 +144,9 @@ def test_a_checkpoint_of_another_architecture_missing_keys_or_with_nan_is_refuse
     assert not runs.exists() or not snapshot(runs)
 
 
+SMALL_TIMM = "timm:test_vit.r160_in1k"
+
+
 def test_a_head_that_is_thrown_away_need_not_fit(tmp_path):
     """None, of other classes, and with nothing said of theta_pre's: the same encoder."""
     import timm
@@ -151,23 +154,23 @@ def test_a_head_that_is_thrown_away_need_not_fit(tmp_path):
     from safetensors.torch import save_file
 
     from lib import encoders
-    good, found = timm.create_model("vit_tiny_patch16_224").state_dict(), {}
+    good, found = timm.create_model("test_vit").state_dict(), {}
     headless = {key: tensor for key, tensor in good.items() if not key.startswith("head.")}
-    ten = headless | {"head.weight": torch.ones(10, 192), "head.bias": torch.ones(10)}
+    ten = headless | {"head.weight": torch.ones(10, 64), "head.bias": torch.ones(10)}
     for name, state in {"good": good, "headless": headless, "ten": ten}.items():
         save_file(state, tmp_path / f"{name}.safetensors")
         torch.save({"state_dict": {f"module.{key}": tensor for key, tensor in state.items()}},
                    tmp_path / f"{name}.pt")
         for file in (f"{name}.safetensors", f"{name}.pt"):
-            encoder = encoders.load_encoder(TIMM, tmp_path / f"runs-{file}", tmp_path / file, 32)
+            encoder = encoders.load_encoder(SMALL_TIMM, tmp_path / f"runs-{file}", tmp_path / file, 32)
             found[file] = encoder.fingerprint
     assert len(found) == 6 and len(set(found.values())) == 1
     torch.save({**good, "epoch": 3}, tmp_path / "more.pt")
     words = ["--weights", tmp_path / "more.pt", "--runs", tmp_path / "more", "--tasks", "glyphs"]
-    said = refuse("probe", TIMM, *words)
+    said = refuse("probe", SMALL_TIMM, *words)
     assert "epoch" in said and "attribute" not in said
     [ours] = tmp_path.glob("runs-good.pt/*/pretrained.safetensors")
-    again = encoders.load_encoder(TIMM, tmp_path / "again", ours, 32)
+    again = encoders.load_encoder(SMALL_TIMM, tmp_path / "again", ours, 32)
     assert again.fingerprint == encoder.fingerprint         # a file of ours: pretrained, merged
 
 
@@ -175,18 +178,18 @@ def test_a_folder_of_runs_is_no_name_of_an_encoder_and_messages_have_the_name(tm
     import timm
     from safetensors.torch import save_file
     runs, weights = tmp_path / "runs", tmp_path / "weights.safetensors"
-    save_file(timm.create_model("vit_tiny_patch16_224").state_dict(), weights)
+    save_file(timm.create_model("test_vit").state_dict(), weights)
     shared = ["--runs", runs, "--tasks", "pets"]
     image_folder(tmp_path / "data/pets")
-    said = refuse("finetune", TIMM, *shared, "--weights", weights, "--image-size", "32",
+    said = refuse("finetune", SMALL_TIMM, *shared, "--weights", weights, "--image-size", "32",
                   "--data", tmp_path / "data")
-    assert f'run "python probe.py {TIMM}" first' in said and not (runs / "inputs").exists()
+    assert f'run "python probe.py {SMALL_TIMM}" first' in said and not (runs / "inputs").exists()
     [folder] = runs.iterdir()
     for name in ("finetune", "merge_eval"):
-        assert f"is the folder of encoder {TIMM}: give that name" in \
+        assert f"is the folder of encoder {SMALL_TIMM}: give that name" in \
             refuse(name, folder.name, "--runs", runs, "--tasks", f"pets={tmp_path / 'data/pets'}")
-    said = refuse("merge_eval", TIMM, "--runs", runs, "--tasks", f"pets={tmp_path / 'data/pets'}")
-    assert f'run "python finetune.py {TIMM} --name aligned" first' in said
+    said = refuse("merge_eval", SMALL_TIMM, "--runs", runs, "--tasks", f"pets={tmp_path / 'data/pets'}")
+    assert f'run "python finetune.py {SMALL_TIMM} --name aligned" first' in said
 
 
 @pytest.mark.parametrize("name, gone, said", [
